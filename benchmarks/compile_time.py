@@ -1,0 +1,143 @@
+"""Claim: compiling is cheap, once for all processes, and importing adds little.
+
+Every figure comes from a fresh process. The persistent compilation cache of JAX skips programs that call back
+to the host; diffrax's defaults plant such calls, a default `sdeflow.solve` plants none.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import _harness as harness
+from . import _problems as problems
+from ._harness import Claim, Options, Row, Spread
+
+IMPLEMENTATIONS = {
+    "sdeflow": "sdeflow",
+    "hand scan, rematerialised, draws its noise": "hand_draws",
+    "diffrax": "diffrax_default",
+    "diffrax on sdeflow's path": "diffrax_our_path",
+}
+
+
+def run(options: Options) -> list[Claim]:
+    """Measure the three targets: cached compile, cold compile, import."""
+    return [_cached(options), _cold(options), _import(options)]
+
+
+def child(*arguments: str) -> dict:
+    """Run one measurement in a fresh interpreter.
+
+    Raises:
+        RuntimeError: if it fails, with the last line it wrote.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks._child", *arguments],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _setting() -> str:
+    return f"value and gradient, {problems.SIZES['medium']}"
+
+
+def _cached(options: Options) -> Claim:
+    repeats = 1 if options.quick else 3
+
+    def measure(name: str, implementation: str) -> Row:
+        pairs = []
+        for _ in range(repeats):
+            with tempfile.TemporaryDirectory() as cache:
+                pairs.append([child("compile", implementation, cache) for _ in range(2)])
+        ratio = {c: Spread.of([b["compile"][c] / a["compile"][c] for a, b in pairs]) for c in ("wall", "cpu")}
+        first, second = (statistics.median(p[i]["compile"]["cpu"] for p in pairs) for i in (0, 1))
+        stored = pairs[0][0]["stored"]
+        note = f"cpu {first:.2f} s, then {second:.2f} s; {stored} cache files after the first process"
+        target = 0.1 if name == "sdeflow" else None
+        return Row(name, ratio["wall"], ratio["cpu"], note=note, target=target, judged=("cpu",))
+
+    rows = [harness.attempt(n, lambda n=n, i=i: measure(n, i)) for n, i in IMPLEMENTATIONS.items()]
+    return Claim(
+        "12a",
+        "compile, second process / first",
+        _setting(),
+        "its own first process, empty cache directory",
+        rows,
+    )
+
+
+def _cold(options: Options) -> Claim:
+    repeats = 1 if options.quick else min(options.pairs, 5)
+    taken: dict[str, list[dict]] = {}
+    failed: dict[str, Row] = {}
+    for _ in range(repeats):
+        for name, implementation in IMPLEMENTATIONS.items():
+            if name in failed:
+                continue
+            try:
+                taken.setdefault(name, []).append(child("compile", implementation))
+            except RuntimeError as error:
+                failed[name] = Row(name, note=f"failed: {error}")
+    reference = taken["hand scan, rematerialised, draws its noise"]
+
+    def total(figures: dict, column: str) -> float:
+        return figures["trace"][column] + figures["compile"][column]
+
+    def make(name: str) -> Row:
+        target = 2.5 if name == "sdeflow" else None
+        if name in failed:
+            return Row(name, note=failed[name].note, target=target)
+        ratio = {
+            c: Spread.of([total(x, c) / total(r, c) for x, r in zip(taken[name], reference, strict=True)])
+            for c in ("wall", "cpu")
+        }
+        seconds = {k: statistics.median(x[k]["wall"] for x in taken[name]) for k in ("trace", "compile")}
+        cpu = statistics.median(total(x, "cpu") for x in taken[name])
+        return Row(
+            name,
+            ratio["wall"],
+            ratio["cpu"],
+            trace_s=seconds["trace"],
+            compile_s=seconds["compile"],
+            note=f"trace and compile: {sum(seconds.values()):.2f} s wall, {cpu:.2f} s cpu",
+            target=target,
+        )
+
+    return Claim(
+        "12b",
+        "cold trace and compile",
+        _setting(),
+        "the hand scan, rematerialised, that draws its noise; no cache",
+        [make(name) for name in IMPLEMENTATIONS],
+    )
+
+
+def _import(options: Options) -> Claim:
+    repeats = 3 if options.quick else max(options.pairs, 7)
+    pairs = [(child("import", "diffrax"), child("import", "sdeflow")) for _ in range(repeats)]
+    difference = {c: Spread.of([b[c] - a[c] for a, b in pairs]) for c in ("wall", "cpu")}
+    base, ours = (statistics.median(p[i]["wall"] for p in pairs) for i in (0, 1))
+    return Claim(
+        "12c",
+        "import sdeflow minus import diffrax, seconds",
+        f"{repeats} fresh processes each, alternating",
+        "nothing: the figures are differences in seconds",
+        [
+            Row(
+                "sdeflow",
+                difference["wall"],
+                difference["cpu"],
+                note=f"medians: diffrax {base:.2f} s, sdeflow {ours:.2f} s",
+                target=0.15,
+            )
+        ],
+    )

@@ -1,0 +1,88 @@
+"""The private parts of other packages that sdeflow relies on, each with a contract test.
+
+Nothing else in the package may import a name that starts with an underscore from jax, equinox or diffrax.
+Every item below is pinned by one test in ``tests/test_diffrax_contract.py``.
+"""
+
+import warnings
+from typing import Any
+
+import diffrax
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from diffrax._integrate import SaveState as SaveState
+from diffrax._term import WrapTerm as WrapTerm
+
+_BAD_JAX = {
+    "0.10.2": "it computes a jitted, vmapped matrix-vector product followed by a reduction wrongly on CPU",
+    "0.11.0": "it is known to break other packages of this family",
+    "0.11.1": "small updates inside a loop cost time proportional to the whole buffer on CPU",
+}
+
+
+class SdeflowWarning(UserWarning):
+    """The class of every warning that sdeflow emits, so that users can filter on it."""
+
+
+def warn_if_bad_jax(version: str) -> None:
+    """Warn once when the installed jax is a release with a known fault that reaches this package."""
+    if version in _BAD_JAX:
+        warnings.warn(
+            f"jax {version} is installed and must not be used: {_BAD_JAX[version]}. "
+            'Run `pip install "jax>=0.10.0,!=0.10.2,!=0.11.0,!=0.11.1"`.',
+            SdeflowWarning,
+            stacklevel=3,
+        )
+
+
+def is_term(x: Any) -> bool:
+    """Whether ``x`` is one diffrax term, not a ``MultiTerm`` of several."""
+    return isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
+
+
+def unwrap(terms: Any) -> tuple[Any, Any]:
+    """Take off the direction wrapper that ``diffeqsolve`` puts around every term.
+
+    Returns the user's terms and the direction (+1 or -1, possibly traced; the Python int 1 if there was no wrapper).
+    """
+    direction: list[Any] = []
+
+    def strip(term: Any) -> Any:
+        if isinstance(term, WrapTerm):
+            direction.append(term.direction)
+            return term.term
+        return term
+
+    stripped = jtu.tree_map(strip, terms, is_leaf=is_term)
+    return stripped, (direction[0] if direction else 1)
+
+
+def is_concrete(*arrays: Any) -> bool:
+    """Whether every array has a value that can be read now, on the host."""
+    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+def enumeration_of(item: Any) -> type:
+    """The equinox enumeration that a member belongs to."""
+    return item._enumeration
+
+
+def values_of(item: Any) -> np.ndarray:
+    """The index (or batch of indices) of a concrete enumeration member."""
+    return np.asarray(item._value)
+
+
+def messages(enumeration: Any) -> list[str]:
+    """All sentences of an equinox enumeration, by index."""
+    return enumeration._index_to_message
+
+
+def names(enumeration: Any) -> list[str]:
+    """All member names of an equinox enumeration."""
+    return list(enumeration._name_to_item)
+
+
+def warn(message: str, category: type[Warning] = SdeflowWarning) -> None:
+    """Emit a warning that points at the caller of the public function that found fault."""
+    warnings.warn(message, category, stacklevel=4)

@@ -1,0 +1,90 @@
+"""Tables in long form, one row for each series and time, to lists of arrays; any table will do."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._read import as_numbers
+from ._time_map import as_time_array
+
+
+def split_long(
+    frame: Any, id: str, time: str, values: Sequence[str], label: str | None
+) -> tuple[list[np.ndarray], list[np.ndarray], list[Hashable], list[Hashable] | None]:
+    """Times, values, ids and labels of the series in a table, sorted by time within each.
+
+    Raises:
+        TypeError: if a value column is not numeric.
+        ValueError: for a missing column, a missing id or time, or a label that changes within a series.
+    """
+    if not values:
+        raise ValueError("values= must name at least one column.")
+    names = _to_list(_column(frame, id))
+    code: dict[Hashable, int] = {}
+    codes = np.empty(len(names), dtype=np.int64)
+    for row, name in enumerate(names):
+        if _is_missing(name):
+            raise ValueError(f"Column {id!r} has no id in row {row}; fill it in or drop the row.")
+        codes[row] = code.setdefault(name, len(code))
+    if not code:
+        raise ValueError("The table has no rows; a TimeSeries needs at least one series.")
+    times = as_time_array(_to_numpy(_naive(_column(frame, time))), f"Column {time!r}")
+    bad = np.isnan(times)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise ValueError(
+            f"Column {time!r} has no time in row {row} (series {names[row]!r}); fill it in or drop the row."
+        )
+    columns = [as_numbers(_to_numpy(_column(frame, name)), f"Column {name!r}") for name in values]
+    order = np.lexsort((times, codes))
+    cuts = np.flatnonzero(np.diff(codes[order])) + 1
+    labels = None if label is None else _labels(_to_list(_column(frame, label)), codes, list(code), label)
+    return (
+        np.split(times[order], cuts),
+        np.split(np.stack(columns, axis=1)[order], cuts),
+        list(code),
+        labels,
+    )
+
+
+def _column(frame: Any, name: str) -> Any:
+    columns = list(getattr(frame, "columns", None) if hasattr(frame, "columns") else frame)
+    if name not in columns:
+        raise ValueError(f"The table has no column {name!r}; it has {columns}.")
+    return frame[name]
+
+
+def _to_list(column: Any) -> list[Any]:
+    for method in ("to_list", "tolist"):
+        if hasattr(column, method):
+            return getattr(column, method)()
+    return list(column)
+
+
+def _to_numpy(column: Any) -> np.ndarray:
+    return column.to_numpy() if hasattr(column, "to_numpy") else np.asarray(column)
+
+
+def _naive(column: Any) -> Any:
+    """A pandas column with a time zone, as UTC without one; anything else as it is."""
+    if getattr(column.dtype if hasattr(column, "dtype") else None, "tz", None) is None:
+        return column
+    return column.dt.tz_convert("UTC").dt.tz_localize(None)
+
+
+def _is_missing(x: Any) -> bool:
+    return x is None or type(x).__name__ in ("NAType", "NaTType") or (isinstance(x, float) and x != x)
+
+
+def _labels(column: list[Any], codes: np.ndarray, names: list[Hashable], title: str) -> list[Hashable]:
+    first = np.unique(codes, return_index=True)[1]
+    labels = [column[row] for row in first]
+    for row, label in enumerate(column):
+        expected = labels[codes[row]]
+        if label != expected and not (_is_missing(label) and _is_missing(expected)):
+            raise ValueError(
+                f"Column {title!r} changes within series {names[codes[row]]!r}, from {expected!r} to {label!r} "
+                f"in row {row}; a label belongs to a whole series."
+            )
+    return labels

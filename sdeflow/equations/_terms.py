@@ -1,0 +1,109 @@
+"""The diffrax terms of our equations: they check exactly what diffrax would broadcast.
+
+``diffrax.ODETerm`` accepts a drift of the wrong shape and broadcasts it into a wrong answer. These terms compare
+structure, shape and dtype with the state while tracing, which costs nothing at run time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, PyTree
+
+
+def _describe(x: Any) -> str:
+    return eqx.tree_pformat(x, short_arrays=True, width=200).replace("\n", " ")
+
+
+def check_like(out: Any, y: Any, what: str, advice: str = "") -> Any:
+    """``out`` as arrays of exactly the structure, shapes and dtypes of ``y``.
+
+    Raises:
+        ValueError: naming the leaf, what it is and what it must be.
+    """
+    if jtu.tree_structure(out) != jtu.tree_structure(y):
+        raise ValueError(
+            f"The {what} must return the structure of the state, {_describe(y)}, but returned {_describe(out)}.{advice}"
+        )
+    paths = [jtu.keystr(path) for path, _ in jtu.tree_flatten_with_path(y)[0]]
+    leaves = []
+    for path, o, x in zip(paths, jtu.tree_leaves(out), jtu.tree_leaves(y)):
+        where = f" at leaf y{path}" if path else ""
+        if jnp.shape(o) != jnp.shape(x):
+            raise ValueError(
+                f"The {what} must return the state's shape {jnp.shape(x)}{where}, but returned shape {jnp.shape(o)}; "
+                f"sdeflow never broadcasts.{advice}"
+            )
+        dtype, wanted = jnp.result_type(o), jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.inexact) or jnp.promote_types(dtype, wanted) != wanted:
+            raise ValueError(f"The {what} must return dtype {wanted}{where}, but returned {dtype}.{advice}")
+        leaves.append(jnp.asarray(o, wanted))
+    return jtu.tree_unflatten(jtu.tree_structure(y), leaves)
+
+
+class DriftTerm(diffrax.AbstractTerm):
+    """f(t, y, args) dt, with the exact shape of y demanded of f."""
+
+    drift: Callable[[Any, PyTree, Any], PyTree]
+
+    def vf(self, t: Any, y: PyTree, args: Any) -> PyTree:
+        """The drift, checked against the state."""
+        return check_like(self.drift(t, y, args), y, "drift")
+
+    def contr(self, t0: Any, t1: Any, **kwargs: Any) -> Any:
+        """The length of the step."""
+        return t1 - t0
+
+    def prod(self, vf: PyTree, control: Any) -> PyTree:
+        """The drift times the length of the step."""
+        return jtu.tree_map(lambda v: jnp.asarray(control, jnp.finfo(v.dtype).dtype) * v, vf)
+
+
+class DiffusionTerm(diffrax.AbstractTerm):
+    """g(t, y, args) dW: an array of y's structure means diagonal noise, a lineax operator anything else."""
+
+    diffusion: Callable[[Any, PyTree, Any], Any]
+    control: diffrax.AbstractPath
+
+    def vf(self, t: Any, y: PyTree, args: Any) -> Any:
+        """The diffusion, checked against the state."""
+        out = self.diffusion(t, y, args)
+        if isinstance(out, lx.AbstractLinearOperator):
+            check_operator(out, y)
+            return out
+        return check_like(out, y, "diffusion", _DIAGONAL)
+
+    def contr(self, t0: Any, t1: Any, **kwargs: Any) -> Any:
+        """The increment of the driving path."""
+        return self.control.evaluate(t0, t1, **kwargs)
+
+    def prod(self, vf: Any, control: Any) -> PyTree:
+        """The diffusion applied to an increment."""
+        if isinstance(vf, lx.AbstractLinearOperator):
+            return vf.mv(control)
+        return jtu.tree_map(lambda g, w: g * w, vf, control)
+
+
+_DIAGONAL = (
+    " Return an array of the state's structure for diagonal noise, or a lineax operator from the noise to the state."
+)
+
+
+def check_operator(operator: lx.AbstractLinearOperator, y: PyTree[Array]) -> None:
+    """Check that an operator-valued diffusion maps into the state.
+
+    Raises:
+        ValueError: if its output structure is not that of ``y``.
+    """
+    out = operator.out_structure()
+    same = jtu.tree_structure(out) == jtu.tree_structure(y) and all(
+        o.shape == jnp.shape(x) for o, x in zip(jtu.tree_leaves(out), jtu.tree_leaves(y))
+    )
+    if not same:
+        raise ValueError(
+            f"The diffusion's operator must map the noise to the state {_describe(y)}, but maps to {_describe(out)}."
+        )

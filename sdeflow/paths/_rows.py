@@ -1,0 +1,110 @@
+"""Noise that travels with the rows of a walk.
+
+A walk takes the Brownian paths out of its terms, draws what it needs for all of its rows, and hands each step a
+``RowPath``: a path that answers for exactly one step. There is no search and no callback in the loop, and large times
+lose nothing.
+"""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+from ._grid_brownian import GridBrownian, backwards, nan_like
+
+
+def _is_brownian(x: Any) -> bool:
+    return isinstance(x, diffrax.AbstractBrownianPath)
+
+
+class RowPath(diffrax.AbstractBrownianPath):
+    """The Brownian path of one step: it answers for exactly ``(left, right)``, and NaN for any other query.
+
+    A solver that asks for half a step (``diffrax.HalfSolver``) would otherwise be given the whole increment and twice
+    the variance, silently.
+    """
+
+    left: Array
+    right: Array
+    increment: Any
+    levy_area: type = eqx.field(static=True)
+
+    @property
+    def t0(self) -> Any:
+        """Where the step begins."""
+        return self.left
+
+    @property
+    def t1(self) -> Any:
+        """Where the step ends."""
+        return self.right
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True, use_levy: bool = False) -> Any:
+        """The increment of this step."""
+        del left
+        out = self.increment if use_levy else self.increment.W
+        if t1 is None:
+            return nan_like(self.increment.W)
+        if t0 is self.left and t1 is self.right:
+            # The usual case, settled while tracing: nothing is left of it in the compiled step.
+            return out
+        exact = (t0 == self.left) & (t1 == self.right)
+        return jtu.tree_map(lambda x: jnp.where(exact, x, jnp.nan), out)
+
+
+class RowNoise(eqx.Module):
+    """All Brownian paths of some terms, in order, as a source of rows."""
+
+    paths: tuple[Any, ...]
+
+    @staticmethod
+    def of(terms: Any) -> "RowNoise":
+        """Collect the Brownian paths that occur in ``terms``."""
+        leaves = jtu.tree_leaves(terms, is_leaf=_is_brownian)
+        return RowNoise(tuple(x for x in leaves if _is_brownian(x)))
+
+    def draw(self, index: Array, left: Array, right: Array, own_grid: bool) -> tuple[Any, ...]:
+        """What the rows carry: arrays that lead with the rows, one entry a path.
+
+        Arguments:
+            index: (N,) the rows' numbers.
+            left, right: (N,) the rows' ends.
+            own_grid: the rows are those of the paths' own grids, so nothing needs to be compared.
+        """
+
+        def query(path: Any) -> Any:
+            # Paths other than ours may know increasing queries only.
+            def one(a: Array, b: Array) -> Any:
+                row = path.evaluate(jnp.minimum(a, b), jnp.maximum(a, b), use_levy=True)
+                return jtu.tree_map(lambda x, y: jnp.where(a <= b, x, y), row, backwards(row))
+
+            return jax.vmap(one)(left, right)
+
+        def one(path: Any) -> Any:
+            if not (own_grid and isinstance(path, GridBrownian)):
+                return query(path)
+            if path.table is None:
+                return index
+            return jtu.tree_map(lambda x: x[: index.shape[0]], path.table)
+
+        return tuple(one(path) for path in self.paths)
+
+    def install(self, terms: Any, drawn: tuple[Any, ...], left: Array, right: Array, own_grid: bool) -> Any:
+        """Put one row's noise into ``terms`` in place of the paths."""
+        if not self.paths:
+            return terms
+        rows = iter(zip(self.paths, drawn))
+
+        def one(x: Any) -> Any:
+            if not _is_brownian(x):
+                return x
+            path, row = next(rows)
+            if isinstance(path, GridBrownian) and path.table is None and own_grid:
+                row = path.row(row, right - left)
+            return RowPath(left, right, row, path.levy_area)
+
+        return jtu.tree_map(one, terms, is_leaf=_is_brownian)

@@ -1,0 +1,96 @@
+"""Defaults and their reasons: which solver, which noise, and what is refused.
+
+Every choice is returned with the sentence that explains it, so that ``repr(sol)`` can say it.
+"""
+
+from typing import Any
+
+import diffrax
+
+from ..equations import AbstractEquation
+
+TABLE_LIMIT = 4096
+
+
+def choose_solver(equation: AbstractEquation, fixed: bool) -> tuple[diffrax.AbstractSolver, str]:
+    """The solver for an equation when none is given.
+
+    Arguments:
+        fixed: whether the steps are fixed; only an ordinary equation may go without.
+    """
+    if not equation.is_stochastic:
+        return diffrax.Tsit5(), "order 5, the usual choice for ordinary equations"
+    if equation.additive:
+        return diffrax.ShARK(), "strong order 1.5 for additive noise"
+    if equation.interpretation == "ito":
+        return diffrax.Euler(), "converges to the Ito solution for any noise"
+    return diffrax.Heun(), "converges to the Stratonovich solution for any noise"
+
+
+def check_interpretation(equation: AbstractEquation, solver: diffrax.AbstractSolver, decreasing: bool) -> None:
+    """Refuse a solver that converges to another process than the equation means.
+
+    Raises:
+        ValueError: for state-dependent noise and a solver of the other calculus, or Ito noise run backwards in time.
+    """
+    if not equation.is_stochastic or equation.additive:
+        return
+    name = type(solver).__name__
+    ito = isinstance(solver, diffrax.AbstractItoSolver)
+    stratonovich = isinstance(solver, diffrax.AbstractStratonovichSolver)
+    if equation.interpretation == "ito" and stratonovich and not ito:
+        raise ValueError(
+            f"{name} converges to the Stratonovich solution, but the equation is Ito with state-dependent noise: solve "
+            "equation.to_stratonovich() instead, or say additive=True if the diffusion does not depend on the state."
+        )
+    if equation.interpretation == "stratonovich" and ito and not stratonovich:
+        raise ValueError(
+            f"{name} converges to the Ito solution, but the equation is Stratonovich with state-dependent noise: solve "
+            "equation.to_ito() instead, or say additive=True if the diffusion does not depend on the state."
+        )
+    if decreasing and equation.interpretation == "ito":
+        raise ValueError(
+            "An Ito equation with state-dependent noise has two inequivalent limits when ts decreases: solve "
+            "equation.to_stratonovich(), whose reverse-time limit is unique."
+        )
+
+
+def levy_area_for(solver: diffrax.AbstractSolver) -> type:
+    """The least Levy area that a solver needs of its Brownian path."""
+    for candidate in _solvers_within(solver):
+        needed = getattr(candidate, "minimal_levy_area", None)
+        if needed is not None:
+            for area in (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea, diffrax.SpaceTimeTimeLevyArea):
+                if issubclass(area, needed):
+                    return area
+    return diffrax.BrownianIncrement
+
+
+def choose_storage(num_rows: int) -> tuple[str, str]:
+    """Where the noise of ``num_rows`` rows comes from: a function of the padded length alone."""
+    if num_rows <= TABLE_LIMIT:
+        return "table", f"at most {TABLE_LIMIT} rows, so all are drawn at once"
+    return "counter", f"more than {TABLE_LIMIT} rows, so each is drawn when needed"
+
+
+def _solvers_within(solver: Any) -> list[Any]:
+    inner = getattr(solver, "solver", None)
+    return [solver] + (_solvers_within(inner) if isinstance(inner, diffrax.AbstractSolver) else [])
+
+
+def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
+    """Drift evaluations of one step, and those of the start; None if the solver is not known."""
+    if isinstance(solver, diffrax.HalfSolver):
+        inner = evaluations(solver.solver)
+        return None if inner is None else (3 * inner[0], inner[1])
+    if type(solver) in (diffrax.Euler, diffrax.EulerHeun, diffrax.ItoMilstein, diffrax.StratonovichMilstein):
+        return 1, 0
+    if type(solver) is diffrax.ReversibleHeun:
+        return 1, 1
+    tableau = getattr(solver, "tableau", None)
+    if isinstance(solver, diffrax.AbstractERK) and isinstance(tableau, diffrax.ButcherTableau):
+        return (tableau.num_stages - 1, 1) if tableau.fsal else (tableau.num_stages, 0)
+    if isinstance(solver, diffrax.AbstractSRK) and tableau is not None:
+        skipped = 0 if tableau.ignore_stage_f is None else sum(bool(x) for x in tableau.ignore_stage_f)
+        return len(tableau.b_sol) - skipped, 0
+    return None

@@ -1,0 +1,86 @@
+"""What a solve returns."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .._compat import is_concrete, values_of
+from .._results import RESULTS, is_okay, message_of, promote
+
+
+class Solution(eqx.Module):
+    """The solution of a differential equation at the requested times.
+
+    Attributes:
+        ts: shape (n,), the requested times.
+        ys: the states there (or what ``save_fn`` made of them), leaves (n, *shape); ``ys[0]`` is the start.
+        final: the state at the last time, as the solver left it.
+        stats: "num_steps" taken, and "nfe", the number of drift evaluations (None if the solver is not known).
+        penalties: class name -> scalar, what each regulariser charged.
+        result: a member of `sdeflow.RESULTS`; read it with `sdeflow.is_okay`.
+        choices: what was chosen and why, as pairs of strings; printed by ``repr``.
+    """
+
+    ts: Array
+    ys: PyTree[Array]
+    final: PyTree[Array]
+    stats: dict[str, Any]
+    penalties: dict[str, Array]
+    result: Any
+    choices: tuple[tuple[str, str], ...] = eqx.field(static=True, default=())
+
+    def __repr__(self) -> str:
+        value = promote(self.result)
+        raw = jtu.tree_leaves(value)
+        if raw and not is_concrete(*raw):
+            status = "traced"
+        elif np.size(values_of(value)) > 1:
+            good = int(np.asarray(is_okay(value)).sum())
+            status = f"{good} of {np.size(values_of(value))} paths okay"
+        else:
+            status = "okay" if bool(is_okay(value)) else f"failed: {message_of(value)}"
+        shape = eqx.tree_pformat(self.ys, width=10_000)
+        lines = [f"Solution ({status})", f"  ys: {shape}"]
+        if is_concrete(self.ts) and np.ndim(self.ts) == 1:
+            lines.append(f"  ts: {self.ts.shape[0]} times from {float(self.ts[0]):g} to {float(self.ts[-1]):g}")
+        lines += [f"  {name}: {text}" for name, text in self.choices]
+        steps = self.stats.get("num_steps")
+        if steps is not None and is_concrete(steps) and np.ndim(steps) == 0:
+            nfe = self.stats.get("nfe")
+            cost = "" if nfe is None else f", {int(nfe)} drift evaluations"
+            lines.append(f"  cost: {int(steps)} steps{cost}")
+        return "\n".join(lines)
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Whether every entry of every inexact leaf is finite."""
+    okay = jnp.array(True)
+    for leaf in jtu.tree_leaves(tree):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            okay = okay & jnp.isfinite(leaf).all()
+    return okay
+
+
+def with_finite_check(result: Any, final: PyTree) -> Any:
+    """The result, turned to ``nonfinite`` if the last state is not finite."""
+    failed = is_okay(result) & ~all_finite(final)
+    return RESULTS.where(failed, RESULTS.nonfinite, result)
+
+
+def failure(sol: Solution) -> str:
+    """The sentence of a failed eager solve, with the last requested time at which the state was finite."""
+    text = message_of(sol.result)
+    if text == message_of(RESULTS.nonfinite):
+        good = np.ones(np.shape(sol.ts), bool)
+        for leaf in jtu.tree_leaves(sol.ys):
+            leaf = np.asarray(leaf)
+            if np.issubdtype(leaf.dtype, np.inexact):
+                good &= np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
+        times = np.asarray(sol.ts)[good]
+        where = "at none of the requested times" if times.size == 0 else f"last at the requested time {times[-1]:g}"
+        text += f" It was finite {where}."
+    return text

@@ -1,0 +1,328 @@
+"""``solve``: plan a grid of steps, then walk it with a diffrax solver.
+
+The function reads its inputs on the host, plans, and hands over to one compiled function that walks (or delegates to
+``diffrax.diffeqsolve``). Nothing in that function calls back to the host, so JAX's persistent cache can keep it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from .._compat import SdeflowWarning, is_concrete, warn
+from .._results import RESULTS, SolveError, is_okay
+from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
+from ..equations import AbstractEquation
+from ..grids import Grid
+from ..grids._build import host_times
+from ..paths import GridBrownian
+from ..walking import Carry, make_rows
+from ._choose import (
+    check_interpretation,
+    choose_solver,
+    choose_storage,
+    evaluations,
+    levy_area_for,
+)
+from ._delegate import delegate, pre_check
+from ._plan import Plan, plan
+from ._solution import Solution, failure, with_finite_check
+
+
+def solve(
+    equation: AbstractEquation | diffrax.AbstractTerm,
+    y0: PyTree,
+    ts: Array | np.ndarray | Sequence[float],
+    *,
+    args: PyTree = None,
+    key: PRNGKeyArray | None = None,
+    dt0: float | None = None,
+    grid: Grid | None = None,
+    steps_per_interval: int | None = None,
+    solver: diffrax.AbstractSolver | None = None,
+    path: diffrax.AbstractPath | None = None,
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    regularisers: Sequence[Any] = (),
+    save_fn: Callable[[Any, PyTree, Any], PyTree] | None = None,
+    event: diffrax.Event | None = None,
+    max_steps: int | None = 4096,
+    throw: bool = True,
+) -> Solution:
+    """Solve a differential equation through the requested times.
+
+    One path per call; use ``jax.vmap`` for batches (a batched ``y0`` with a batch-wise drift is one path and works too).
+    One of ``dt0``, ``grid`` and ``steps_per_interval`` fixes the steps. With none of them, a solver that is given takes
+    one step per interval of ``ts``; without a solver an ordinary equation is solved adaptively by Tsit5 with
+    ``rtol=1e-3, atol=1e-6``, and a stochastic one is an error that asks for ``dt0``.
+
+    Arguments:
+        equation: what moves: an equation of sdeflow, or raw diffrax terms.
+        y0: the start, an array or a tree of floating arrays.
+        ts: shape (n,), the requested times, strictly increasing or (in reverse time) decreasing; ``ts[0]`` is the start.
+            Inside ``jit`` make it with NumPy, or give ``grid`` or ``steps_per_interval``; only then may it be traced,
+            and end in repeats of its last time, which are padding.
+        args: passed to the drift and the diffusion.
+        key: a JAX random key for the noise of a stochastic equation; ``key`` or ``path``, never both.
+        dt0: the largest step, signed like ``ts[1]-ts[0]``; every interval is cut into equal steps. With an adaptive
+            controller, its first step.
+        grid: the steps themselves, from `sdeflow.grids.through`.
+        steps_per_interval: equal steps between two requested times.
+        solver: any diffrax solver. Default with fixed steps: Tsit5 for ordinary equations, ShARK for additive noise,
+            else Euler (Ito) or Heun (Stratonovich).
+        path: what drives a stochastic equation, e.g. `sdeflow.paths.GridBrownian`.
+        stepsize_controller: a diffrax controller for adaptive steps.
+        adjoint: how gradients come back. Default: `sdeflow.adjoints.DiscreteAdjoint`; every diffrax adjoint works too.
+        regularisers: what to charge the model for its solve.
+        save_fn: ``save_fn(t, y, args)``, what to keep of the state at the requested times.
+        event: a ``diffrax.Event`` that may end the solve.
+        max_steps: the most steps that an adaptive solve takes.
+        throw: raise a failure when called outside of a trace.
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        ValueError, TypeError: for wrong shapes, dtypes, structures and static values, before anything runs.
+        SolveError: outside of a trace with ``throw=True``, if the solution is not finite or the solver failed. Inside a
+            trace read ``sol.result``, or plant a check with `sdeflow.check`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sdeflow as sf
+        >>> ou = sf.equations.OrnsteinUhlenbeck(theta=1.0, mean=0.0, sigma=0.5)
+        >>> sol = sf.solve(ou, jnp.ones(3), [0.0, 0.5, 2.0], dt0=0.1, key=jax.random.key(0))
+        >>> sol.ys.shape, int(sol.stats["num_steps"])
+        ((3, 3), 20)
+    """
+    y0 = _check_y0(y0)
+    dtype = jnp.finfo(jnp.result_type(*jtu.tree_leaves(y0))).dtype
+    if regularisers:
+        raise ValueError(f"No regulariser is known to this version of sdeflow, got {tuple(regularisers)!r}.")
+    if not isinstance(equation, AbstractEquation | diffrax.AbstractTerm):
+        raise TypeError(
+            f"equation must be an sdeflow equation or diffrax terms, got {type(equation).__name__}: "
+            "wrap a drift and a diffusion as sf.SDE(drift, diffusion), a vector field as sf.ODE(vector_field)."
+        )
+    raw = isinstance(equation, diffrax.AbstractTerm)
+    stochastic = not raw and equation.is_stochastic  # pyright: ignore
+    ts = _check_ts(ts, traced_ok=grid is not None or steps_per_interval is not None or path is not None)
+    choices: list[tuple[str, str]] = []
+
+    adaptive = isinstance(stepsize_controller, diffrax.AbstractAdaptiveStepSizeController)
+    if stepsize_controller is not None and not adaptive:
+        if not isinstance(stepsize_controller, diffrax.ConstantStepSize):
+            raise ValueError(
+                f"{type(stepsize_controller).__name__} does not adapt: fix the steps with dt0=, grid= or "
+                "steps_per_interval= instead."
+            )
+        stepsize_controller = None
+    fixed = any(x is not None for x in (dt0, grid, steps_per_interval)) or getattr(path, "grid", None) is not None
+    if not adaptive and not fixed and solver is None:
+        if stochastic or raw:
+            raise ValueError(
+                "Nothing says how long the steps are: pass dt0=, e.g. dt0=0.01, or grid= or steps_per_interval=."
+            )
+        adaptive, stepsize_controller = True, diffrax.PIDController(rtol=1e-3, atol=1e-6)
+        choices.append(("steps", "adaptive, PID(rtol=1e-3, atol=1e-6), the default for an ordinary equation"))
+    if solver is None:
+        if raw:
+            raise ValueError("Raw diffrax terms need a solver: pass solver=.")
+        solver, why = choose_solver(equation, not adaptive)  # pyright: ignore
+        choices.append(("solver", f"{type(solver).__name__}, {why}"))
+    else:
+        if not isinstance(solver, diffrax.AbstractSolver):
+            raise TypeError(f"solver must be an instance of a diffrax solver, got {solver!r}.")
+        choices.append(("solver", f"{type(solver).__name__}, as given"))
+    if not raw:
+        decreasing = is_concrete(ts) and float(ts[1]) < float(ts[0])
+        check_interpretation(equation, solver, decreasing)  # pyright: ignore
+    _check_noise(stochastic, raw, key, path)
+
+    if adaptive:
+        steps = None
+        if grid is not None or steps_per_interval is not None:
+            raise ValueError("An adaptive stepsize_controller chooses its own steps: drop grid= or steps_per_interval=.")
+    else:
+        steps = plan(ts, dt0, grid, steps_per_interval, path, dtype)
+        choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
+    storage = None
+    if stochastic and path is None and steps is not None:
+        storage, why = choose_storage(steps.num_rows)
+        choices.append(("noise", f'storage="{storage}", {why}'))
+    if adjoint is None:
+        adaptive_adjoint = adaptive or event is not None or _is_implicit(solver)
+        adjoint = diffrax.RecursiveCheckpointAdjoint() if adaptive_adjoint else DiscreteAdjoint()
+        why = "exact gradients of the steps taken"
+        choices.append(("adjoint", f"{_short(adjoint)}, {why}"))
+    else:
+        choices.append(("adjoint", f"{_short(adjoint)}, as given"))
+
+    sol = _run(
+        equation, y0, jnp.asarray(ts, dtype), args, key, dt0 if adaptive else None, steps, storage, solver, path,
+        stepsize_controller, adjoint, save_fn, event, max_steps, tuple(choices),
+    )  # fmt: skip
+    leaves = jtu.tree_leaves(sol.result)
+    if throw and is_concrete(*leaves) and not bool(is_okay(sol.result).all()):
+        raise SolveError(sol.result, failure(sol))
+    return sol
+
+
+@eqx.filter_jit
+def _run(
+    equation: Any,
+    y0: Any,
+    ts: Any,
+    args: Any,
+    key: Any,
+    dt0: Any,
+    steps: Plan | None,
+    storage: str | None,
+    solver: Any,
+    path: Any,
+    controller: Any,
+    adjoint: Any,
+    save_fn: Any,
+    event: Any,
+    max_steps: int | None,
+    choices: tuple[tuple[str, str], ...],
+) -> Solution:
+    dtype = ts.dtype
+    if steps is not None:
+        cast = lambda x: jnp.asarray(x, dtype)
+        grid = Grid(cast(steps.grid.left), cast(steps.grid.right), steps.grid.live, steps.grid.save, steps.grid.jump)
+        steps = steps._replace(grid=grid)
+    own_grid = path is None
+    if key is not None:
+        structure = _noise_structure(equation, ts[0], y0, args)
+        if steps is None:
+            path = diffrax.VirtualBrownianTree(
+                jnp.minimum(ts[0], ts[-1]), jnp.maximum(ts[0], ts[-1]), _tree_tolerance(ts, dt0, max_steps), structure,
+                key, levy_area_for(solver),
+            )  # fmt: skip
+        else:
+            path = GridBrownian(steps.grid, structure, key=key, levy_area=levy_area_for(solver), storage=storage)  # pyright: ignore
+    terms = equation if isinstance(equation, diffrax.AbstractTerm) else equation.terms(path)
+
+    walks = isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None
+    if walks and not _is_implicit(solver):
+        ys, final, stats, result = _walk(terms, y0, ts, args, steps, solver, adjoint, save_fn, own_grid)
+    else:
+        if isinstance(adjoint, AbstractWalkAdjoint):
+            adjoint = diffrax.RecursiveCheckpointAdjoint()
+        times = None if steps is None else jnp.concatenate([steps.grid.left[:1], steps.grid.right])
+        ts, ys, final, stats, result = delegate(
+            terms, solver, y0, ts, args, steps=times, dt0=dt0, controller=controller, adjoint=adjoint, event=event,
+            max_steps=max_steps, save_fn=save_fn,
+        )  # fmt: skip
+        start = pre_check(y0)
+        result = RESULTS.where(is_okay(start), result, start)
+    return Solution(ts, ys, final, stats, {}, with_finite_check(result, final), choices)
+
+
+def _walk(
+    terms: Any, y0: Any, ts: Any, args: Any, steps: Plan, solver: Any, adjoint: Any, save_fn: Any, own_grid: bool
+) -> tuple[Any, Any, dict[str, Any], Any]:
+    grid = steps.grid
+    live = grid.live if steps.masked else None
+    rows = make_rows(terms, grid.left, grid.right, live, grid.jump, own_grid=own_grid)
+    keep = (lambda t, y: y) if save_fn is None else (lambda t, y: save_fn(t, y, args))
+    emit = lambda t, carry, info: keep(t, carry.y)
+
+    ends_only = ts.shape[0] == 2
+    every = None if ends_only else (1 if steps.every is None else steps.every)
+    carry, emitted = adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit)
+    first = keep(ts[0], y0)
+    join = lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b])
+    if ends_only:
+        last = keep(ts[-1], carry.y)
+        ys = jtu.tree_map(lambda a, b: jnp.stack([a, b]), first, last)
+    elif steps.every is None:
+        ys = jtu.tree_map(lambda a, b: join(a, b)[grid.save], first, emitted)
+    else:
+        ys = jtu.tree_map(join, first, emitted)
+
+    count = grid.num_steps if steps.masked else grid.num_rows
+    cost = evaluations(solver)
+    nfe = None if cost is None else count * cost[0] + cost[1]
+    result = RESULTS.successful if carry.result is None else carry.result
+    return ys, carry.y, {"num_steps": jnp.asarray(count), "nfe": None if nfe is None else jnp.asarray(nfe)}, result
+
+
+def _check_y0(y0: Any) -> Any:
+    leaves = jtu.tree_leaves(y0)
+    if not leaves or not all(eqx.is_array_like(x) for x in leaves) or isinstance(y0, list | str):
+        raise TypeError(f"y0 must be an array or a tree of arrays, got {type(y0).__name__}: wrap it in jnp.asarray.")
+
+    def one(x: Any) -> Any:
+        dtype = jnp.result_type(x)
+        if dtype in (jnp.float16, jnp.bfloat16):
+            warn(f"y0 is {dtype}, too coarse for solving: it was promoted to float32.", SdeflowWarning)
+            return jnp.asarray(x, jnp.float32)
+        if jnp.issubdtype(dtype, jnp.inexact):
+            return jnp.asarray(x, dtype)
+        # Integers become the default float, as in diffrax.
+        return jnp.asarray(x, jnp.result_type(float))
+
+    return jtu.tree_map(one, y0)
+
+
+def _check_ts(ts: Any, traced_ok: bool) -> Any:
+    if is_concrete(ts) and not any(is_concrete(x) is False for x in jtu.tree_leaves(ts)):
+        if not isinstance(ts, np.ndarray | jax.Array):
+            ts = np.asarray(ts, np.float64)
+        if not traced_ok:
+            host_times(ts)
+        elif jnp.ndim(ts) != 1 or ts.shape[0] < 2 or not np.isfinite(np.asarray(ts)).all():
+            raise ValueError(f"ts must be finite and of shape (n,) with n >= 2, got shape {jnp.shape(ts)}.")
+        return ts
+    ts = jnp.asarray(ts)
+    if ts.ndim != 1 or ts.shape[0] < 2:
+        raise ValueError(f"ts must be one-dimensional with at least two times, got shape {ts.shape}; use vmap for batches.")
+    return ts
+
+
+def _check_noise(stochastic: bool, raw: bool, key: Any, path: Any) -> None:
+    if key is not None and path is not None:
+        raise ValueError("Pass key or path, not both: the path holds a key of its own.")
+    if stochastic and key is None and path is None:
+        raise ValueError("A stochastic equation needs noise: pass key=jax.random.key(0), or path=.")
+    if not stochastic and path is not None:
+        raise ValueError("Only a stochastic equation is driven by a path; drop path=.")
+    if raw and key is not None:
+        raise ValueError("Raw diffrax terms carry their own noise; drop key=.")
+    if key is not None:
+        if not isinstance(key, jax.Array) or not (
+            jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or (key.dtype == jnp.uint32 and key.shape[-1:] == (2,))
+        ):
+            raise TypeError(f"key must be a JAX random key such as jax.random.key(0), got {key!r}.")
+        batch = key.shape if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.shape[:-1]
+        if batch:
+            raise TypeError(f"key is a batch of keys of shape {batch}: use jax.vmap over keys, one path per call.")
+
+
+def _noise_structure(equation: AbstractEquation, t: Any, y0: Any, args: Any) -> Any:
+    """What drives the diffusion: y's structure for diagonal noise, else what the operator takes."""
+    out = eqx.filter_eval_shape(equation.diffusion, t, y0, args)  # pyright: ignore
+    if isinstance(out, lx.AbstractLinearOperator):
+        return out.in_structure()
+    return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), y0)
+
+
+def _tree_tolerance(ts: Any, dt0: Any, max_steps: int | None) -> Any:
+    span = jnp.abs(ts[-1] - ts[0])
+    return span * 2.0**-14 if dt0 is None else jnp.minimum(span * 2.0**-14, jnp.abs(dt0) / 2)
+
+
+def _is_implicit(solver: Any) -> bool:
+    return isinstance(solver, diffrax.AbstractImplicitSolver)
+
+
+def _short(adjoint: Any) -> str:
+    return repr(adjoint).replace("\n", "").replace("  ", "")

@@ -1,0 +1,137 @@
+"""One compiled step of training, gated so that a nonfinite loss or gradient changes nothing."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+
+from ._rows import field
+from ._sum import scored
+
+
+class TrainState(eqx.Module):
+    """What a step changes: the trained arrays, the optimiser's arrays and three counters.
+
+    ``step`` counts the updates done, so it is the index k of the next one; ``streak`` counts the nonfinite steps in a
+    row. Once ``failed``, every further step leaves all of this as it is.
+    """
+
+    params: PyTree[Array]
+    opt_state: PyTree[Array]
+    step: Int[Array, ""]
+    streak: Int[Array, ""]
+    failed: Bool[Array, ""]
+
+
+class Fixed(eqx.Module):
+    """What a step only reads; the keys and the number of nonfinite steps to skip are arrays, the rest is static."""
+
+    static: PyTree
+    opt_static: PyTree
+    loss: Any
+    optim: Any
+    key: PRNGKeyArray
+    skip: Int[Array, ""]
+
+
+def fresh(tree: PyTree) -> PyTree:
+    """A copy of every array of ``tree`` in a buffer of its own, strongly typed, so that the copy may be donated."""
+    return jtu.tree_map(lambda x: jnp.array(x, dtype=x.dtype) if eqx.is_array(x) else x, tree)
+
+
+def start(model: PyTree, loss: Any, optim: Any, key: PRNGKeyArray, skip: int) -> tuple[Fixed, TrainState]:
+    """Split a model and its optimiser into what a step reads and what it changes."""
+    params, static = eqx.partition(fresh(model), eqx.is_inexact_array)
+    opt_state, opt_static = eqx.partition(fresh(optim.init(params)), eqx.is_array)
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(params, opt_state, zero, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    return Fixed(static, opt_static, loss, optim, key, jnp.asarray(skip, jnp.int32)), state
+
+
+@eqx.filter_jit(donate="all-except-first")
+def train_step(read: tuple[Fixed, PyTree], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Take one step on a batch; ``read`` is (fixed, batch), and the buffers of ``state`` are given up.
+
+    Returns the new state and a report: "loss", "okay", "failed" and the dict "metrics".
+    """
+    fixed, batch = read
+    key = jax.random.fold_in(fixed.key, state.step)
+
+    def loss_of(params: PyTree) -> tuple[Array, dict[str, Array]]:
+        return scored(fixed.loss, eqx.combine(params, fixed.static), batch, key, state.step)
+
+    (value, metrics), grads = eqx.filter_value_and_grad(loss_of, has_aux=True)(state.params)
+    old_opt = eqx.combine(state.opt_state, fixed.opt_static)
+    updates, new_opt = optax.with_extra_args_support(fixed.optim).update(
+        grads, old_opt, state.params, value=value, grad=grads, value_fn=lambda p: loss_of(p)[0]
+    )
+    new_params = optax.apply_updates(state.params, updates)
+    new_opt = eqx.filter(new_opt, eqx.is_array)
+
+    finite = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(grads)) & _all_finite(new_params)
+    okay = finite & ~state.failed
+    streak = jnp.where(okay, 0, state.streak + 1)
+    failed = state.failed | (streak > fixed.skip)
+    new_state = TrainState(
+        _choose(okay, new_params, state.params),
+        _choose(okay, new_opt, state.opt_state),
+        jnp.where(failed, state.step, state.step + 1),
+        jnp.where(failed, state.streak, streak),
+        failed,
+    )
+    return new_state, {"loss": value, "okay": okay, "failed": failed, "metrics": metrics}
+
+
+@eqx.filter_jit
+def evaluate(fixed: Fixed, params: PyTree, batch: PyTree, key: PRNGKeyArray, step: Int[Array, ""]) -> Any:
+    """The loss and the metrics of one validation batch, with the layers that have it in inference mode."""
+    model = eqx.nn.inference_mode(eqx.combine(params, fixed.static))
+    return scored(fixed.loss, model, batch, key, step)
+
+
+def to_arrays(batch: PyTree) -> PyTree:
+    """The numeric leaves of a batch as strongly typed arrays; None for every other leaf, which no program can take."""
+    arrays = jtu.tree_map(_numeric, batch)
+    if not jtu.tree_leaves(arrays):
+        raise TypeError(
+            f"data.batches yielded an object of type {type(batch).__name__} without numeric arrays; "
+            "yield pytrees of NumPy arrays."
+        )
+    return arrays
+
+
+def batch_weight(batch: PyTree) -> float:
+    """How much a validation batch counts: the sum of its ``weight``, else its number of rows."""
+    weight = field(batch, "weight")
+    if weight is not None:
+        return float(np.sum(np.asarray(weight, np.float64)))
+    sizes = [len(leaf) for leaf in jtu.tree_leaves(batch) if np.ndim(leaf)]
+    return float(sizes[0]) if sizes else 1.0
+
+
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(tree)]))
+
+
+def _choose(okay: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    """``new`` or ``old``, in the dtypes of ``old``: a changed dtype would compile the step anew."""
+
+    def pick(n: Array, o: Array) -> Array:
+        n = jnp.asarray(n)
+        return jax.lax.select(okay, n if n.dtype == o.dtype else n.astype(o.dtype), o)
+
+    return jtu.tree_map(pick, new, old)
+
+
+def _numeric(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return jnp.asarray(leaf, dtype=leaf.dtype) if leaf.weak_type else leaf
+    if isinstance(leaf, bool | int | float | complex | np.ndarray | np.generic):
+        leaf = np.asarray(leaf)
+        return leaf if leaf.dtype.kind in "biufcV" and leaf.dtype.names is None else None
+    return None

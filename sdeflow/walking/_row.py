@@ -1,0 +1,130 @@
+"""One row of a walk: a diffrax solver's step over ``(left, right)``, driven by the row's own noise.
+
+A padded row leaves state and result as they are, bit for bit. A step that reports a failure (a diverged Newton solve,
+say) freezes the path at its last okay state, as ``diffrax.diffeqsolve`` stops there.
+"""
+
+import dataclasses
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._results import RESULTS, is_okay, promote
+from ..paths._rows import RowNoise
+
+
+class Rows(eqx.Module):
+    """What a walk runs over: N steps and what each carries. Every array leads with N.
+
+    Arguments:
+        left, right: (N,) the ends of the steps.
+        live: (N,) False for padding; None when there is none.
+        jump: (N,) whether the field may jump at ``left``; None when it never does.
+        noise: one entry a Brownian path, as `RowNoise.draw` made it.
+        source: where the noise comes from.
+        own_grid: the rows are those of the paths' own grids.
+    """
+
+    left: Array
+    right: Array
+    live: Array | None
+    jump: Array | None
+    noise: Any
+    source: RowNoise
+    own_grid: bool = eqx.field(static=True)
+
+    @property
+    def arrays(self) -> Any:
+        """The part of the rows that a scan slices."""
+        return (self.left, self.right, self.live, self.jump, self.noise)
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return self.left.shape[0]
+
+
+class Carry(eqx.Module):
+    """What a walk carries from row to row: the state, the solver's own state and, if steps can fail, the result."""
+
+    y: PyTree[Array]
+    solver_state: PyTree[Array]
+    result: Any
+
+
+class FallibleStep(Exception):
+    """Raised while tracing when a step returns a result although the carry has no place for one."""
+
+
+def make_rows(
+    terms: Any,
+    left: Array,
+    right: Array,
+    live: Array | None = None,
+    jump: Array | None = None,
+    *,
+    own_grid: bool,
+    index: Array | None = None,
+) -> Rows:
+    """Rows over the given steps, with the noise of the Brownian paths in ``terms`` drawn for all of them."""
+    source = RowNoise.of(terms)
+    index = jnp.arange(left.shape[0]) if index is None else index
+    noise = source.draw(index, left, right, own_grid)
+    return Rows(left, right, live, jump, noise, source, own_grid)
+
+
+def prepare_solver(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
+    """A copy of the solver whose stage loops allow derivatives of every order, wrapped solvers included.
+
+    Runge-Kutta solvers need "bounded" loops, stochastic Runge-Kutta solvers "lax" ones; a choice by the user is kept.
+    """
+    changes = {}
+    for field in dataclasses.fields(solver):
+        inner = getattr(solver, field.name, None)
+        if isinstance(inner, diffrax.AbstractSolver):
+            changes[field.name] = prepare_solver(inner)
+        elif field.name == "scan_kind" and inner is None:
+            changes[field.name] = "lax" if isinstance(solver, diffrax.AbstractSRK) else "bounded"
+    return dataclasses.replace(solver, **changes) if changes else solver
+
+
+def first_carry(
+    solver: diffrax.AbstractSolver, terms: Any, args: Any, y0: PyTree, rows: Rows, fallible: bool
+) -> Carry:
+    """The carry before the first row."""
+    state = solver.init(terms, rows.left[0], rows.right[0], y0, args)
+    # A weak type or a Python scalar would make the carry change its type after one step.
+    state = jtu.tree_map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
+    return Carry(y0, state, RESULTS.successful if fallible else None)
+
+
+def step_row(solver: diffrax.AbstractSolver, terms: Any, args: Any, rows: Rows, carry: Carry, row: Any) -> Any:
+    """Take one row.
+
+    Returns:
+        The next carry, and the step's local error estimate and dense information as the solver gave them.
+
+    Raises:
+        FallibleStep: while tracing, if the solver reports a result and the carry has no place for it.
+    """
+    left, right, live, jump, noise = row
+    here = rows.source.install(terms, noise, left, right, rows.own_grid)
+    y1, error, dense, state1, result = solver.step(
+        here, left, right, carry.y, args, carry.solver_state, False if jump is None else jump
+    )
+    keep, result1 = live, carry.result
+    if result is not diffrax.RESULTS.successful:
+        if carry.result is None:
+            raise FallibleStep
+        before, now = is_okay(carry.result), promote(result)
+        went_on = before if live is None else before & live
+        keep = went_on & is_okay(now)
+        result1 = RESULTS.where(went_on, now, carry.result)
+    if keep is not None:
+        select = lambda a, b: jnp.where(keep, a, b)
+        y1, state1 = jtu.tree_map(select, (y1, state1), (carry.y, carry.solver_state))
+    return Carry(y1, state1, result1), (error, dense)
