@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from ._random import DROP, SPLIT, digest, generator
+from ._random import DROP, SPLIT, generators
 
 
 def split_positions(
@@ -22,7 +22,7 @@ def split_positions(
         raise ValueError(f"fraction must lie between 0 and 1, both excluded, got {fraction!r}.")
     if len(ids) < 2:
         raise ValueError(f"A split needs at least two series, got {len(ids)}.")
-    draws = np.array([generator(key, SPLIT, digest(name)).random() for name in ids])
+    draws = np.array([rng.random() for rng in generators(key, SPLIT, ids)])
     labels = np.zeros(len(ids), dtype=np.int32) if labels is None else labels
     classes, counts = np.unique(labels, return_counts=True)
     exact = fraction * counts
@@ -60,11 +60,10 @@ def drop(
     if per not in ("channel", "step"):
         raise ValueError(f'per must be "channel" or "step", got {per!r}.')
     thinned = values.copy()
-    for name, start, stop in zip(ids, offsets[:-1], offsets[1:]):
+    for rng, start, stop in zip(generators(key, DROP, ids), offsets[:-1], offsets[1:]):
         rows = thinned[start:stop]
         observed = ~np.isnan(rows)
         units = observed if per == "channel" else observed.any(axis=1, keepdims=True)
-        rng = generator(key, DROP, digest(name))
         rows[np.broadcast_to(_dropped(units, fraction, rng), rows.shape)] = np.nan
     return thinned
 

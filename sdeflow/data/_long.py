@@ -84,7 +84,7 @@ def _labels(column: list[Any], codes: np.ndarray, names: list[Hashable], title: 
         expected = labels[codes[row]]
         if label != expected and not (_is_missing(label) and _is_missing(expected)):
             raise ValueError(
-                f"Column {title!r} changes within series {names[codes[row]]!r}, from {expected!r} to {label!r} "
-                f"in row {row}; a label belongs to a whole series."
+                f"Column {title!r} changes within series {names[codes[row]]!r}, from {expected!r} to "
+                f"{label!r} in row {row}; a label belongs to a whole series."
             )
     return labels

@@ -7,6 +7,7 @@ position among the others.
 """
 
 import hashlib
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -42,6 +43,13 @@ def digest(series_id: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def generator(key: PRNGKeyArray, purpose: int, series: int = 0) -> np.random.Generator:
-    """The generator of one purpose and, where it matters, of one series (given by its digest)."""
-    return np.random.default_rng([*key_words(key), purpose, series & 0xFFFFFFFF, series >> 32])
+def generator(key: PRNGKeyArray, purpose: int) -> np.random.Generator:
+    """The generator of a key for one purpose."""
+    return np.random.default_rng([*key_words(key), purpose])
+
+
+def generators(key: PRNGKeyArray, purpose: int, ids: Iterable[Hashable]) -> Iterator[np.random.Generator]:
+    """One generator for each series, a function of the key, the purpose and the series' own id."""
+    words = key_words(key)
+    for series in map(digest, ids):
+        yield np.random.default_rng([*words, purpose, series & 0xFFFFFFFF, series >> 32])

@@ -266,13 +266,15 @@ class TimeSeries:
             span = "times from each series' own start"
         else:
             ends = self.to_user_time(np.array([self._times.min(), self._times.max()]))
-            span = f"times from {ends[0]} to {ends[1]}"
+            low_time, high_time = (str(t) if self.time_dtype else f"{t:g}" for t in ends)
+            span = f"times from {low_time} to {high_time}"
+        unit = "" if self.time_dtype is None else f" {np.datetime_data(self.time_dtype)[0]}"
         padding = 1 - self.lengths.sum() / np.asarray(self.buckets)[self._bucket].sum()
         return (
             f"TimeSeries: {len(self)} series of {count(self.num_channels, 'channel')} and {steps}"
             + "".join(f", {text}" for text in extras)
             + f"; {np.isnan(self._values).mean():.1%} of the values missing; {span}, one internal unit "
-            f"being {self.time_scale:g}{' ' + str(self.time_dtype) if self.time_dtype else ''}; "
+            f"being {self.time_scale:g}{unit}; "
             f"batches padded to {' or '.join(map(str, self.buckets))} steps ({padding:.0%} of them padding)."
         )
 
@@ -421,7 +423,7 @@ class TimeSeries:
         )
 
     def split(self, fraction: float, *, key: PRNGKeyArray) -> tuple["TimeSeries", "TimeSeries"]:
-        """Two sets: a ``fraction`` of the series, and the rest; the same share of every class, if there are labels.
+        """Two sets: a ``fraction`` of the series, and the rest; of every class the same share, if labelled.
 
         Which series goes where depends on the key and the ids, not on their order.
 

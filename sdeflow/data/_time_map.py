@@ -29,7 +29,7 @@ def as_time_array(times: Any, where: str) -> np.ndarray:
         return array.astype(f"{array.dtype.kind}8[us]") if unit in (*_COARSE, "generic") else array
     if array.dtype.kind not in "iuf":
         raise TypeError(
-            f"{where}: times must be numbers, datetime64 or timedelta64, got dtype {array.dtype}; convert them."
+            f"{where}: times must be numbers, datetime64 or timedelta64, got {array.dtype}; convert them."
         )
     # Integers stay integers until the shift: nanoseconds since 1970 do not fit into a float64.
     return array.astype(np.int64 if array.dtype.kind == "i" else np.float64)

@@ -72,11 +72,11 @@ def read_ts(path: str | Path, *, like: TimeSeries | None = None) -> TimeSeries:
 
 
 def japanese_vowels() -> tuple[TimeSeries, TimeSeries]:
-    """The Japanese Vowels data as (train, test): 270 and 370 utterances by 9 speakers, 12 channels, 7 to 29 steps.
+    """The Japanese Vowels data as (train, test): 270 and 370 series, 12 channels, 7 to 29 steps.
 
-    Both sets share one map of times, the classes and the buckets. The files are those in the wheel of aeon,
-    which is located but not imported. Source: Kudo, Toyama and Shimbo, Pattern Recognition Letters 20 (1999)
-    1103-1111.
+    The classes are 9 speakers, who utter two vowels. Both sets share one map of times, the classes and the
+    buckets. The files are those in the wheel of aeon, which is located but not imported. Source: Kudo, Toyama
+    and Shimbo, Pattern Recognition Letters 20 (1999) 1103-1111.
 
     Raises:
         FileNotFoundError: if aeon is not installed or carries no such files.

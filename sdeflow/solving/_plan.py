@@ -21,6 +21,7 @@ class Plan(NamedTuple):
         masked: whether some rows may be padding.
         num_rows: the number of rows before known padding was dropped; the noise is stored by this number.
         why: how the steps were chosen.
+        own_grid: whether the rows are those of the path's own grid (or of a path that is yet to be made for them).
     """
 
     grid: Grid
@@ -29,6 +30,7 @@ class Plan(NamedTuple):
     masked: bool
     num_rows: int
     why: str
+    own_grid: bool
 
 
 def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, path: Any, dtype: Any) -> Plan:
@@ -43,8 +45,9 @@ def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, p
     why = {"dt0": "steps of at most dt0", "steps_per_interval": "equal steps in every interval"}.get(
         given[0] if given else "", "one step per interval"
     )
+    own = path is None
     if grid is None and not given and getattr(path, "grid", None) is not None:
-        grid, why = path.grid, "the grid of the path"
+        grid, why, own = path.grid, "the grid of the path", True
     if grid is not None:
         why = "the given grid" if given else why
         if jnp.ndim(grid.left) != 1:
@@ -55,20 +58,20 @@ def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, p
                 "sf.grids.through(ts, ...)."
             )
         if not grid.is_concrete:
-            return Plan(grid, ts, None, True, grid.num_rows, why)
+            return Plan(grid, ts, None, True, grid.num_rows, why, own)
         _check_times(ts, grid)
-        return _known(grid, ts, why, dtype)
+        return _known(grid, ts, why, own, dtype)
     if steps_per_interval is not None and is_concrete(ts):
         k, times = check_count(steps_per_interval, "steps_per_interval"), host_times(ts)
-        return _known(cut(times, np.full(times.size - 1, k)), ts, why, dtype)
+        return _known(cut(times, np.full(times.size - 1, k)), ts, why, own, dtype)
     if dt0 is not None or is_concrete(ts):
-        return _known(through(ts, dt0), ts, why, dtype)
+        return _known(through(ts, dt0), ts, why, own, dtype)
     k = 1 if steps_per_interval is None else steps_per_interval
     grid = subdivide(jnp.asarray(ts, dtype), k)
-    return Plan(grid, ts, k, True, grid.num_rows, why)
+    return Plan(grid, ts, k, True, grid.num_rows, why, own)
 
 
-def _known(grid: Grid, ts: Any, why: str, dtype: Any) -> Plan:
+def _known(grid: Grid, ts: Any, why: str, own: bool, dtype: Any) -> Plan:
     """A plan from a grid whose numbers are known: padding is dropped and equal intervals are recognised."""
     count = int(np.asarray(grid.num_steps))
     num_rows = grid.num_rows
@@ -79,7 +82,7 @@ def _known(grid: Grid, ts: Any, why: str, dtype: Any) -> Plan:
     save = np.asarray(grid.save)
     per = np.diff(save)
     every = int(per[0]) if per.size and per[0] > 0 and (per == per[0]).all() else None
-    return Plan(grid, ts, every, False, num_rows, why)
+    return Plan(grid, ts, every, False, num_rows, why, own)
 
 
 def _check_times(ts: Any, grid: Grid) -> None:

@@ -198,7 +198,6 @@ def _run(
         cast = lambda x: jnp.asarray(x, dtype)
         grid = Grid(cast(steps.grid.left), cast(steps.grid.right), steps.grid.live, steps.grid.save, steps.grid.jump)
         steps = steps._replace(grid=grid)
-    own_grid = path is None
     if key is not None:
         structure = _noise_structure(equation, ts[0], y0, args)
         if steps is None:
@@ -212,7 +211,7 @@ def _run(
 
     walks = isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None
     if walks and not _is_implicit(solver):
-        ys, final, stats, result = _walk(terms, y0, ts, args, steps, solver, adjoint, save_fn, own_grid)
+        ys, final, stats, result = _walk(terms, y0, ts, args, steps, solver, adjoint, save_fn)
     else:
         if isinstance(adjoint, AbstractWalkAdjoint):
             adjoint = diffrax.RecursiveCheckpointAdjoint()
@@ -227,11 +226,11 @@ def _run(
 
 
 def _walk(
-    terms: Any, y0: Any, ts: Any, args: Any, steps: Plan, solver: Any, adjoint: Any, save_fn: Any, own_grid: bool
+    terms: Any, y0: Any, ts: Any, args: Any, steps: Plan, solver: Any, adjoint: Any, save_fn: Any
 ) -> tuple[Any, Any, dict[str, Any], Any]:
     grid = steps.grid
     live = grid.live if steps.masked else None
-    rows = make_rows(terms, grid.left, grid.right, live, grid.jump, own_grid=own_grid)
+    rows = make_rows(terms, grid.left, grid.right, live, grid.jump, own_grid=steps.own_grid)
     keep = (lambda t, y: y) if save_fn is None else (lambda t, y: save_fn(t, y, args))
     emit = lambda t, carry, info: keep(t, carry.y)
 

@@ -22,7 +22,8 @@ _SHOWN = 8
 
 
 def save_checkpoint(path: str | Path, tree: PyTree, *, meta: Mapping[str, Any] | None = None) -> None:
-    """Write the arrays of ``tree`` to one file, atomically; the file it replaces is kept beside it as ``.prev``.
+    """Write the arrays of ``tree`` to one file, atomically; the file it replaces is kept beside it as
+    ``.prev``.
 
     Arguments:
         path: the file; its directory must exist.
@@ -60,13 +61,15 @@ def load_checkpoint(path: str | Path, like: _T, *, part: str | None = None) -> t
     """Read a checkpoint into a tree like ``like``; return the tree and the ``meta`` it was saved with.
 
     Arguments:
-        path: a file of `save_checkpoint`, or of `fit` (then ``part`` is "best" or "last" and ``like`` a model).
+        path: a file of `save_checkpoint`, or of `fit` (then ``part`` is "best" or "last" and ``like`` a
+            model).
         like: a tree of the same structure, whose arrays are replaced.
         part: read only this entry of a saved dict.
 
     Raises:
-        CheckpointError: (a ValueError) the file is damaged and there is no good one before it, or it holds another
-            class, other leaves, shapes, dtypes or static values than ``like``: all are named in one message.
+        CheckpointError: (a ValueError) the file is damaged and there is no good one before it, or it holds
+            another class, other leaves, shapes, dtypes or static values than ``like``: all are named in one
+            message.
         FileNotFoundError: there is no such file.
 
     A damaged file gives way to its ``.prev`` with a `SdeflowWarning`.
@@ -103,7 +106,9 @@ def rebuild(
     keys = {name[len(prefix) :]: impl for name, impl in header["keys"].items() if name.startswith(prefix)}
     static = [(name[len(prefix) :], text) for name, text in header["static"] if name.startswith(prefix)]
     if part is not None and not static:
-        raise CheckpointError(f"The checkpoint {str(path)!r} has no part {part!r}; it was not saved by `fit` with one.")
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} has no part {part!r}; it was not saved by `fit` with one."
+        )
     wanted = dict(_named_arrays(like))
     problems = _static_differences(static, describe(like), header["versions"])
     problems += [f"{_at(name)} is missing in the file" for name in wanted if name not in saved]
@@ -116,7 +121,8 @@ def rebuild(
     if problems:
         more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
-            f"The checkpoint {str(path)!r} does not fit what it is loaded into: {'; '.join(problems[:_SHOWN])}{more}. "
+            f"The checkpoint {str(path)!r} does not fit what it is loaded into: "
+            f"{'; '.join(problems[:_SHOWN])}{more}. "
             f"Load it into the structure it was saved from ({header['class']})."
         )
 
@@ -145,10 +151,13 @@ def _static_differences(saved: Any, now: Any, saved_versions: Mapping[str, str])
         for name in before
         if name in after and before[name] != after[name]
     ]
-    # A new release of a library may add a field to its modules; only then may one side know more than the other.
+    # A new release of a library may add a field to its modules; only then may one side know more than the
+    # other.
     if dict(saved_versions) == versions():
         found += [f"{_at(name)} ({before[name]}) is in the file only" for name in before if name not in after]
-        found += [f"{_at(name)} ({after[name]}) is missing in the file" for name in after if name not in before]
+        found += [
+            f"{_at(name)} ({after[name]}) is missing in the file" for name in after if name not in before
+        ]
     elif found:
         changed = {k: v for k, v in saved_versions.items() if versions().get(k) != v}
         found.append("the file was written with " + ", ".join(f"{k} {v}" for k, v in changed.items()))

@@ -1,7 +1,7 @@
 """The static side of a tree in words: what no array says, but a checkpoint must not lose.
 
-Two trees can hold arrays of the same shapes and be different functions (tanh and relu). `describe` lists everything
-of a tree that is not an array, each with its path, in a form that is the same in every process.
+Two trees can hold arrays of the same shapes and be different functions (tanh and relu). `describe` lists
+everything of a tree that is not an array, each with its path, in a form that is the same in every process.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import numpy as np
 
 Description = list[tuple[str, str]]
 
-# These packages move their private modules between releases, and their functions change by version, not by hand.
+# These packages move their private modules between releases, and their functions change by version, not by
+# hand.
 _LIBRARIES = {"jax", "jaxlib", "equinox", "diffrax", "optax", "numpy", "lineax", "optimistix", "sdeflow"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
@@ -80,7 +81,9 @@ def _walk(x: Any, path: str, out: Description, above: tuple, code: bool, values:
     else:
         children, aux = _flatten_once(x)
         text = repr(x) if type(x).__repr__ is not object.__repr__ and " at 0x" not in repr(x) else ""
-        out.append((path, _name(type(x)) if children is not None or not text else f"{_name(type(x))}: {text}"))
+        out.append(
+            (path, _name(type(x)) if children is not None or not text else f"{_name(type(x))}: {text}")
+        )
         for key, child in children or ():
             below(child, f"{path}{key}", values=values)
         if children is not None and aux is not None:
@@ -135,11 +138,12 @@ def _array_text(x: Any) -> str:
     if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     data = np.asarray(x)
-    return f"{data.dtype}{list(data.shape)} {hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:12]}"
+    digest = hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:12]
+    return f"{data.dtype}{list(data.shape)} {digest}"
 
 
 def _flatten_once(x: Any) -> tuple[list[tuple[str, Any]] | None, Any]:
-    """The children of a registered pytree with their path entries, and its static data; (None, None) for a leaf."""
+    """The children of a registered pytree with their paths, and its static data; (None, None) for a leaf."""
     children, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
     node = treedef.node_data()
     if node is None:

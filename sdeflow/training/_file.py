@@ -1,8 +1,8 @@
 """The bytes of a checkpoint file, and how they reach the disk whole or not at all.
 
-Layout, little-endian: 8 bytes of magic; format version (uint32) and header length (uint64); the header in JSON; the
-raw bytes of every leaf in the header's order; SHA-256 of all that precedes. The last 32 bytes are the digest in every
-version, so that damage and novelty can be told apart.
+Layout, little-endian: 8 bytes of magic; format version (uint32) and header length (uint64); the header in
+JSON; the raw bytes of every leaf in the header's order; SHA-256 of all that precedes. The last 32 bytes are
+the digest in every version, so that damage and novelty can be told apart.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def encode(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[Any]:
     """The file as a list of buffers; the header gets the list of (name, shape, dtype) under "leaves"."""
     arrays = {name: _plain(array) for name, array in arrays.items()}
     leaves = [[name, list(array.shape), array.dtype.name] for name, array in arrays.items()]
-    text = json.dumps({**header, "byteorder": "little", "leaves": leaves}).encode()
+    text = json.dumps({**header, "leaves": leaves}).encode()
     return [MAGIC + _NUMBERS.pack(VERSION, len(text)), text, *(array.tobytes() for array in arrays.values())]
 
 
@@ -71,7 +71,8 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarra
     version, length = _NUMBERS.unpack_from(data, len(MAGIC))
     if version > VERSION:
         raise CheckpointError(
-            f"{where} has format {version}, but this version of sdeflow reads up to {VERSION}; upgrade sdeflow."
+            f"{where} has format {version}, but this version of sdeflow reads up to {VERSION}; "
+            "upgrade sdeflow."
         )
     header = json.loads(data[_START : _START + length])
     arrays, offset = {}, _START + length
@@ -83,7 +84,9 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarra
         arrays[name] = array.reshape(shape)
         offset += count * kind.itemsize
     if offset + _DIGEST != len(data):
-        raise DamagedError(f"{where} is damaged: it holds {len(data)} bytes, its header speaks of {offset + _DIGEST}.")
+        raise DamagedError(
+            f"{where} is damaged: it holds {len(data)} bytes, its header speaks of {offset + _DIGEST}."
+        )
     return header, arrays
 
 
@@ -101,15 +104,17 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], bool]:
         except (CheckpointError, OSError):
             raise error from None
         reason = str(error) if isinstance(error, DamagedError) else f"The checkpoint {str(path)!r} is gone."
-        warnings.warn(f"{reason} The one before it, {str(backup)!r}, was loaded.", SdeflowWarning, stacklevel=4)
+        warnings.warn(
+            f"{reason} The one before it, {str(backup)!r}, was loaded.", SdeflowWarning, stacklevel=4
+        )
         return *found, False
 
 
 def write(path: Path, chunks: Iterable[Any], *, keep: bool) -> None:
     """Replace ``path`` by the chunks and their digest in one atomic step.
 
-    The data is on the disk before the name points to it. With ``keep`` the old file stays as ``.prev``; it is linked,
-    not moved, so that at no moment neither name exists.
+    The data is on the disk before the name points to it. With ``keep`` the old file stays as ``.prev``; it is
+    linked, not moved, so that at no moment neither name exists.
     """
     temp = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     digest = hashlib.sha256()
@@ -139,9 +144,13 @@ def write(path: Path, chunks: Iterable[Any], *, keep: bool) -> None:
 def check_writable(path: Path) -> None:
     """Raise the OSError that a write to ``path`` would meet, before hours of work are staked on it."""
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "checkpoint= is a directory; give the path of a file", str(path))
+        raise IsADirectoryError(
+            errno.EISDIR, "checkpoint= is a directory; give the path of a file", str(path)
+        )
     if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the directory of checkpoint= does not exist; make it", str(path))
+        raise FileNotFoundError(
+            errno.ENOENT, "the directory of checkpoint= does not exist; make it", str(path)
+        )
     with contextlib.suppress(FileNotFoundError):
         os.stat(previous(path))  # a name that is too long for ".prev" fails here
     for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):

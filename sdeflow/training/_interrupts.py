@@ -6,9 +6,11 @@ from typing import Any
 
 
 class Interrupts:
-    """Within the ``with`` block the first SIGINT is held back until `check` is called; the second acts at once.
+    """Within the ``with`` block the first SIGINT is held back until `check` is called; the second acts at
+    once.
 
-    Only Python's own handler is replaced, and only in the main thread; whoever has installed another one keeps it.
+    Only Python's own handler is replaced, and only in the main thread; whoever has installed another one
+    keeps it.
     """
 
     def __init__(self) -> None:

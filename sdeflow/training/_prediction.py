@@ -13,7 +13,8 @@ class Prediction(eqx.Module):
         outputs: what is scored, one row per series: logits (B, K), values (B, k) or (B, L, C).
         states: the hidden path, leaves (B, n, ...), or None.
         kl: the Kullback-Leibler divergence in nats, shape () or (B,), or None.
-        penalties: a dict from the class name of each regulariser that was passed in to its cost, shape () or (B,).
+        penalties: a dict from the class name of each regulariser that was passed in to its cost, shape () or
+            (B,).
         result: how the solve ended (members of `sdeflow.RESULTS`, shape () or (B,)), or None.
 
     Example:

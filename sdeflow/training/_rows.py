@@ -17,7 +17,7 @@ def field(batch: Any, name: str) -> Any:
     return batch.get(name) if isinstance(batch, dict) else getattr(batch, name, None)
 
 
-def row_weight(batch: PyTree, rows: int, dtype: Any) -> Float[Array, "rows"]:
+def row_weight(batch: PyTree, rows: int, dtype: Any) -> Float[Array, " rows"]:
     """``batch.weight`` as an array of shape (rows,), ones where the batch has none."""
     weight = field(batch, "weight")
     if weight is None:
@@ -31,9 +31,10 @@ def row_weight(batch: PyTree, rows: int, dtype: Any) -> Float[Array, "rows"]:
 
 
 def row_mean(
-    values: Float[Array, "rows"], weight: Float[Array, "rows"], counts: Float[Array, "rows"] | None = None
+    values: Float[Array, " rows"], weight: Float[Array, " rows"], counts: Float[Array, " rows"] | None = None
 ) -> Float[Array, ""]:
-    """``sum_i w_i v_i / sum_i w_i c_i`` over the rows of positive weight, with ``c_i = 1`` by default; 0 if none.
+    """``sum_i w_i v_i / sum_i w_i c_i`` over the rows of positive weight, with ``c_i = 1`` by default; 0 if
+    none.
 
     Rows of weight 0 are cut out before the product, so that a NaN in them meets neither value nor gradient.
     """
@@ -47,17 +48,22 @@ def row_mean(
 def without_filler(batch: PyTree) -> PyTree:
     """The batch with each row of weight 0 overwritten by the first row of positive weight.
 
-    A ``where`` on the outputs alone cannot stop a NaN inside the model: its cotangent is 0 there, and 0 * NaN = NaN.
+    A ``where`` on the outputs alone cannot stop a NaN inside the model: its cotangent is 0 there, and 0 * NaN
+    = NaN.
     """
     weight = field(batch, "weight")
     if weight is None:
         return batch
-    real: Bool[Any, "rows"] = jnp.asarray(weight) > 0
+    real: Bool[Any, " rows"] = jnp.asarray(weight) > 0
     first = jnp.argmax(real)
 
     def replace(path: Any, leaf: Any) -> Any:
         name = getattr(path[0], "name", getattr(path[0], "key", None)) if path else None
-        if name not in ROW_FIELDS or not isinstance(leaf, jax.Array | np.ndarray) or leaf.shape[:1] != real.shape:
+        if (
+            name not in ROW_FIELDS
+            or not isinstance(leaf, jax.Array | np.ndarray)
+            or leaf.shape[:1] != real.shape
+        ):
             return leaf
         leaf = jnp.asarray(leaf)
         return jnp.where(real.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, leaf[first])

@@ -17,8 +17,8 @@ from ._sum import scored
 class TrainState(eqx.Module):
     """What a step changes: the trained arrays, the optimiser's arrays and three counters.
 
-    ``step`` counts the updates done, so it is the index k of the next one; ``streak`` counts the nonfinite steps in a
-    row. Once ``failed``, every further step leaves all of this as it is.
+    ``step`` counts the updates done, so it is the index k of the next one; ``streak`` counts the nonfinite
+    steps in a row. Once ``failed``, every further step leaves all of this as it is.
     """
 
     params: PyTree[Array]
@@ -29,7 +29,7 @@ class TrainState(eqx.Module):
 
 
 class Fixed(eqx.Module):
-    """What a step only reads; the keys and the number of nonfinite steps to skip are arrays, the rest is static."""
+    """What a step only reads: key, skip, and the arrays in ``static`` and ``loss``, are traced, the rest not."""
 
     static: PyTree
     opt_static: PyTree
@@ -40,7 +40,7 @@ class Fixed(eqx.Module):
 
 
 def fresh(tree: PyTree) -> PyTree:
-    """A copy of every array of ``tree`` in a buffer of its own, strongly typed, so that the copy may be donated."""
+    """A copy of every array of ``tree`` in a buffer of its own, strongly typed, so that it may be donated."""
     return jtu.tree_map(lambda x: jnp.array(x, dtype=x.dtype) if eqx.is_array(x) else x, tree)
 
 
@@ -73,7 +73,7 @@ def train_step(read: tuple[Fixed, PyTree], state: TrainState) -> tuple[TrainStat
     new_params = optax.apply_updates(state.params, updates)
     new_opt = eqx.filter(new_opt, eqx.is_array)
 
-    finite = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(grads)) & _all_finite(new_params)
+    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads)) & _all_finite(new_params)
     okay = finite & ~state.failed
     streak = jnp.where(okay, 0, state.streak + 1)
     failed = state.failed | (streak > fixed.skip)
@@ -95,7 +95,7 @@ def evaluate(fixed: Fixed, params: PyTree, batch: PyTree, key: PRNGKeyArray, ste
 
 
 def to_arrays(batch: PyTree) -> PyTree:
-    """The numeric leaves of a batch as strongly typed arrays; None for every other leaf, which no program can take."""
+    """The numeric leaves of a batch as strong arrays; None for all others, which no program can take."""
     arrays = jtu.tree_map(_numeric, batch)
     if not jtu.tree_leaves(arrays):
         raise TypeError(

@@ -22,8 +22,8 @@ Weight = float | Callable[[Any], Any]
 class AbstractLoss(eqx.Module):
     """A loss: ``loss(model, batch, key, step) -> (scalar, metrics)``, added with ``+`` and scaled with ``*``.
 
-    A factor is a finite number or an optax schedule (a callable of the step). A regulariser of `sdeflow.regularisers`
-    and any callable of the same signature may be added too.
+    A factor is a finite number or an optax schedule (a callable of the step). A regulariser of
+    `sdeflow.regularisers` and any callable of the same signature may be added too.
     """
 
     @abc.abstractmethod
@@ -75,9 +75,10 @@ class FunctionLoss(AbstractLoss):
     """A plain function ``fn(model, batch, key, step) -> (scalar, metrics)`` as a loss that can be scaled.
 
     Example:
+        >>> import jax
         >>> from sdeflow.training import FunctionLoss
         >>> half = 0.5 * FunctionLoss(lambda model, batch, key, step: (model * batch, {}))
-        >>> half(3.0, 4.0, None, 0)[0].item()
+        >>> half(3.0, 4.0, jax.random.key(0), 0)[0].item()
         6.0
     """
 
@@ -93,10 +94,10 @@ class FunctionLoss(AbstractLoss):
 class Sum(AbstractLoss):
     r"""``sum_i w_i(step) loss_i``; what ``+`` and ``*`` build.
 
-    The model is called once, with ``key``, for all terms that read a prediction, and is given every regulariser of
-    the sum; the cost of each is then read from ``prediction.penalties`` under its class name. Any other callable gets
-    the model itself and a key of its own. The metrics hold the unweighted value of every term under its class name,
-    beside the metrics that the terms report.
+    The model is called once, with ``key``, for all terms that read a prediction, and is given every
+    regulariser of the sum; the cost of each is then read from ``prediction.penalties`` under its class name.
+    Any other callable gets the model itself and a key of its own. The metrics hold the unweighted value of
+    every term under its class name, beside the metrics that the terms report.
 
     Arguments:
         terms: pairs of a term and its weight, a finite number or a callable of the step.
@@ -127,7 +128,9 @@ class Sum(AbstractLoss):
         names = [type(term).__name__ for term, _ in flat if _is_regulariser(term)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"The sum of losses has the regulariser {twice[0]} twice; add its weights up instead.")
+            raise ValueError(
+                f"The sum of losses has the regulariser {twice[0]} twice; add its weights up instead."
+            )
         self.terms = tuple(flat)
 
     def __call__(
@@ -175,10 +178,14 @@ def scored(
         raise TypeError(f"The loss {name} returned {_kind(out)}; return a pair (scalar, dict of metrics).")
     value, metrics = out
     if not _is_real_scalar(value, inexact=True):
-        raise TypeError(f"The loss {name} returned {_kind(value)} as its value; return a real floating scalar.")
+        raise TypeError(
+            f"The loss {name} returned {_kind(value)} as its value; return a real floating scalar."
+        )
     for key_, metric in metrics.items():
         if not isinstance(key_, str) or not _is_real_scalar(metric, inexact=False):
-            raise TypeError(f"The loss {name} returned the metric {key_!r}: {_kind(metric)}; metrics are scalars.")
+            raise TypeError(
+                f"The loss {name} returned the metric {key_!r}: {_kind(metric)}; metrics are scalars."
+            )
     return jnp.asarray(value), {name: jnp.asarray(metric) for name, metric in metrics.items()}
 
 
@@ -205,13 +212,17 @@ def _is_term(x: Any) -> bool:
 
 
 def _terms_of(x: Any) -> tuple[tuple[Any, Weight], ...]:
-    """What ``x`` adds to a sum. A scaled regulariser names what it scales, ``.regulariser``, and its ``.weight``."""
+    """What ``x`` adds to a sum. A scaled regulariser has a ``.regulariser`` and a ``.weight``."""
     if isinstance(x, Sum):
         return x.terms
     if _is_regulariser(x) and hasattr(x, "regulariser"):
         return ((x.regulariser, x.weight),)
     if not _is_term(x):
-        what = f"the class {x.__name__}; call it" if isinstance(x, type) else f"{x!r}; add losses or regularisers"
+        what = (
+            f"the class {x.__name__}; call it"
+            if isinstance(x, type)
+            else f"{x!r}; add losses or regularisers"
+        )
         raise TypeError(f"A sum of losses was given {what}.")
     return ((x, 1.0),)
 
@@ -238,7 +249,9 @@ def _check_weight(weight: Any) -> None:
     if callable(weight) and not isinstance(weight, AbstractLoss):
         return
     if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-        raise TypeError(f"A loss was multiplied by {weight!r}; a weight is a number or a callable of the step.")
+        raise TypeError(
+            f"A loss was multiplied by {weight!r}; a weight is a number or a callable of the step."
+        )
     if not math.isfinite(weight):
         raise ValueError(f"A loss was multiplied by {weight}; a weight must be finite.")
 
@@ -251,7 +264,9 @@ def _predict(model: Any, batch: PyTree, key: PRNGKeyArray, regularisers: tuple) 
         )
     prediction = model(batch, key=key, regularisers=regularisers)
     if not hasattr(prediction, "outputs"):
-        raise TypeError(f"The model {type(model).__name__} returned {_kind(prediction)}; return a `Prediction`.")
+        raise TypeError(
+            f"The model {type(model).__name__} returned {_kind(prediction)}; return a `Prediction`."
+        )
     return prediction
 
 
@@ -266,7 +281,9 @@ def _penalty(prediction: Any, regulariser: Any, batch: PyTree) -> Float[Array, "
     if value.ndim == 0:
         return value
     if value.ndim > 1:
-        raise ValueError(f"The penalty of {name} has shape {value.shape}; return a scalar or one number per row.")
+        raise ValueError(
+            f"The penalty of {name} has shape {value.shape}; return a scalar or one number per row."
+        )
     return row_mean(value, row_weight(batch, value.shape[0], value.dtype))
 
 

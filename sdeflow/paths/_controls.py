@@ -1,0 +1,234 @@
+"""Data as a path: observations with gaps, filled in and joined by straight lines.
+
+    X(t) = x_i + (t - t_i) / (t_{i+1} - t_i) (x_{i+1} - x_i),    t_i <= t <= t_{i+1}
+
+A missing value is interpolated in time between the observed neighbours of its own channel. Everything that
+needs to look around is done when the path is built, with two cumulative scans and no loop over time, so a
+path can be built and evaluated under ``jit``, ``vmap`` and ``grad``.
+"""
+
+from typing import Any, Literal
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._compat import is_concrete
+
+_ULPS = (
+    8  # Solvers reach the ends of a path through sums that round; this far beyond an end is still the end.
+)
+_COMPARE_ALL = 256  # Up to this many knots, comparing with all of them beats a binary search inside a loop.
+
+
+class LinearControl(diffrax.AbstractPath):
+    """A piecewise linear path through observations; built by `linear_control`.
+
+    Arguments:
+        times: shape (L,), increasing; repeats of the last time are padding.
+        knots: shape (L, C), the values at these times with every gap filled.
+        last: shape (), the first index of the last time, behind which there is only padding.
+        extrapolate: what a query outside the times gives, "error" or "flat".
+    """
+
+    times: Float[Array, " L"]
+    knots: Float[Array, "L C"]
+    last: Int[Array, ""]
+    extrapolate: Literal["error", "flat"] = eqx.field(static=True)
+
+    @property
+    def t0(self) -> Float[Array, ""]:
+        """The first time."""
+        return self.times[0]
+
+    @property
+    def t1(self) -> Float[Array, ""]:
+        """The last time."""
+        # Not times[-1], so that a derivative in the times never lands on padding.
+        return self.times[self.last]
+
+    def at(self, indices: Any) -> Float[Array, "*shape C"]:
+        """X at the times with these indices, without any search: for a caller that steps from knot to knot.
+
+        Raises:
+            ValueError: for a concrete index outside [0, L); inside a trace such an index gives NaN.
+        """
+        count = self.knots.shape[0]
+        if is_concrete(indices):
+            given = np.asarray(indices)
+            if given.dtype.kind not in "iu" or (given.size and not 0 <= given.min() <= given.max() < count):
+                raise ValueError(f"indices must be integers in [0, {count}), got {indices}.")
+        indices = jnp.asarray(indices)
+        # A negative index would wrap around in JAX, so it is sent beyond the end, where the fill value is.
+        return self.knots.at[jnp.where(indices < 0, count, indices)].get(mode="fill", fill_value=jnp.nan)
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> Float[Array, " C"]:
+        """X(t0), or the increment X(t1) - X(t0) if ``t1`` is given.
+
+        Arguments:
+            t0: a scalar time.
+            t1: a scalar time, or None.
+            left: not used, since the path is continuous.
+
+        Raises:
+            ValueError: for a time that is not a scalar, or a concrete one outside the times of a concrete
+                path with ``extrapolate="error"``; inside a trace such a time gives NaN.
+        """
+        del left
+        if t1 is not None:
+            return self.evaluate(t1) - self.evaluate(t0)
+        t, inside = self._clip(t0)
+        i, j = self._segment(t, side="right")
+        gap = self.times[j] - self.times[i]
+        weight = (t - self.times[i]) / jnp.where(gap > 0, gap, 1)
+        weight = jnp.where(gap > 0, weight, 0).astype(self.knots.dtype)
+        step = self.knots[j] - self.knots[i]
+        # Measured from the nearer knot, so that both knots are met to the last bit.
+        x = jnp.where(weight < 0.5, self.knots[i] + weight * step, self.knots[j] - (1 - weight) * step)
+        return jnp.where(inside, x, jnp.nan)
+
+    def derivative(self, t: Any, left: bool = True) -> Float[Array, " C"]:
+        """The slope of X at ``t``: at a knot that of the piece before it, or after it with ``left=False``.
+
+        Where there is no such piece, at the two ends, it is that of the other side; outside the times it is 0
+        with ``extrapolate="flat"``.
+
+        Raises:
+            ValueError: as for `evaluate`.
+        """
+        raw = self._scalar(t)
+        t, inside = self._clip(raw)
+        i, j = self._segment(t, side="left" if left else "right")
+        gap = (self.times[j] - self.times[i]).astype(self.knots.dtype)
+        slope = jnp.where(gap > 0, (self.knots[j] - self.knots[i]) / jnp.where(gap > 0, gap, 1), 0)
+        if self.extrapolate == "flat":
+            slope = jnp.where((raw < self.t0) | (raw > self.t1), 0, slope)
+        return jnp.where(inside, slope, jnp.nan)
+
+    def _scalar(self, t: Any) -> Float[Array, ""]:
+        if jnp.ndim(t) != 0:
+            raise ValueError(f"A path is evaluated at one time, got shape {jnp.shape(t)}; use jax.vmap.")
+        return jnp.asarray(t, dtype=self.times.dtype)
+
+    def _clip(self, t: Any) -> tuple[Float[Array, ""], Any]:
+        """The time moved to the nearest end if it lies outside, and whether that may be done."""
+        t = self._scalar(t)
+        clipped = jnp.where(t > self.t1, self.t1, jnp.where(t < self.t0, self.t0, t))
+        if self.extrapolate == "flat":
+            return clipped, ~jnp.isnan(t)
+        largest = jax.lax.stop_gradient(jnp.maximum(jnp.abs(self.t0), jnp.abs(self.t1)))
+        slack = _ULPS * jnp.finfo(self.times.dtype).eps * largest
+        inside = jnp.abs(jax.lax.stop_gradient(t - clipped)) <= slack
+        if is_concrete(inside) and not bool(inside):
+            raise ValueError(
+                f"t={float(t):g} lies outside the data, from {float(self.t0):g} to {float(self.t1):g}; "
+                'use extrapolate="flat" to hold the ends.'
+            )
+        return clipped, inside
+
+    def _segment(self, t: Float[Array, ""], side: str) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """The two knots around ``t``, never of the padding."""
+        method = "compare_all" if self.times.shape[0] <= _COMPARE_ALL else "scan"
+        i = jnp.searchsorted(self.times, jax.lax.stop_gradient(t), side=side, method=method) - 1
+        i = jnp.clip(i, 0, jnp.maximum(self.last - 1, 0))
+        return i, jnp.minimum(i + 1, self.last)
+
+
+def linear_control(
+    times: Float[Array | np.ndarray, " L"],
+    values: Float[Array | np.ndarray, "L C"],
+    *,
+    extrapolate: Literal["error", "flat"] = "error",
+) -> LinearControl:
+    """The straight-line path through observations, NaN meaning missing.
+
+    A gap is filled by interpolation between the observed neighbours in the same channel; before the first and
+    after the last observation of a channel it holds that value; a channel without any observation is 0. Rows
+    that repeat the last time are padding, whatever their values, and change no result in a single bit.
+
+    Arguments:
+        times: shape (L,), strictly increasing except for repeats of the last time.
+        values: shape (L, C), NaN where missing. Integers are read as floats.
+        extrapolate: "error" refuses times outside the data (see below), "flat" holds the first and last
+            values.
+
+    Returns:
+        A ``diffrax.AbstractPath`` with ``.evaluate``, ``.derivative``, ``.at``, ``.knots``, ``.t0`` and
+        ``.t1``. Between two knots it looks ahead to the later one; at the knots themselves it is causal
+        wherever nothing is missing.
+
+    Raises:
+        ValueError: for shapes that disagree, no rows, an unknown ``extrapolate``, and, if the arrays are
+            concrete, times that are not finite or not increasing in their precision, or infinite values.
+            Inside a trace, times that fall give a path of NaN, and so does with ``extrapolate="error"`` a
+            query outside the data by more than 8 units in the last place.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> path = linear_control(jnp.array([0.0, 1.0, 3.0]), jnp.array([[0.0], [jnp.nan], [6.0]]))
+        >>> path.evaluate(1.0).tolist(), path.evaluate(1.0, 2.5).tolist(), path.derivative(0.5).tolist()
+        ([2.0], [3.0], [2.0])
+    """
+    if extrapolate not in ("error", "flat"):
+        raise ValueError(f'extrapolate must be "error" or "flat", got {extrapolate!r}.')
+    times, values = _floating(times), _floating(values)
+    if times.ndim != 1 or values.ndim != 2 or times.shape[0] != values.shape[0] or times.shape[0] == 0:
+        raise ValueError(
+            f"times must be of shape (L,) and values of shape (L, C) with L >= 1, got {times.shape} and "
+            f"{values.shape}."
+        )
+    if is_concrete(times):
+        _check_times(np.asarray(times))
+    if is_concrete(values) and np.isinf(values).any():
+        row, channel = (int(x) for x in np.argwhere(np.isinf(values))[0])
+        raise ValueError(f"values[{row}, {channel}] is {values[row, channel]}; use NaN for a missing value.")
+    last = jnp.searchsorted(times, times[-1], side="left")
+    knots = _fill(times, values)
+    rising = jnp.all(jnp.diff(times) >= 0) & jnp.isfinite(times[-1])
+    return LinearControl(times, jnp.where(rising, knots, jnp.nan), last, extrapolate)
+
+
+def _floating(x: Any) -> Array:
+    """At least 32-bit floats; integers and booleans become the default float."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"A control must be real, got {x.dtype}; pass real and imaginary parts as channels.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x.astype(jax.dtypes.canonicalize_dtype(np.float64))
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _check_times(times: np.ndarray) -> None:
+    """Refuse times that are not finite or do not increase up to their repeats at the end."""
+    if not np.isfinite(times).all():
+        i = int(np.argmin(np.isfinite(times)))
+        raise ValueError(f"times must be finite, but times[{i}] is {times[i]}.")
+    step = np.diff(times)
+    bad = (step <= 0) & (times[1:] != times[-1]) | (step < 0)
+    if bad.any():
+        i = int(np.argmax(bad)) + 1
+        raise ValueError(
+            f"times must increase in {times.dtype}, but times[{i}]={times[i]} follows {times[i - 1]}; "
+            "sort them, merge equal ones, or rescale them to O(1); only the last may be repeated, as padding."
+        )
+
+
+def _fill(times: Float[Array, " L"], values: Float[Array, "L C"]) -> Float[Array, "L C"]:
+    """Values with every gap filled: two cumulative scans find each entry's observed neighbours."""
+    count = times.shape[0]
+    rows = jnp.arange(count)[:, None]
+    fresh = jnp.concatenate([jnp.ones(1, bool), jnp.diff(times) > 0])[:, None]
+    seen = ~jnp.isnan(values) & fresh
+    values = jnp.where(seen, values, 0)
+    before = jax.lax.cummax(jnp.where(seen, rows, -1), axis=0)
+    after = jax.lax.cummin(jnp.where(seen, rows, count), axis=0, reverse=True)
+    lower, upper = jnp.where(before >= 0, before, after), jnp.where(after < count, after, before)
+    # A channel that was never observed has neighbours at neither end; its values are all 0 by now.
+    lower, upper = jnp.clip(lower, 0, count - 1), jnp.clip(upper, 0, count - 1)
+    x0, x1 = jnp.take_along_axis(values, lower, axis=0), jnp.take_along_axis(values, upper, axis=0)
+    gap = times[upper] - times[lower]
+    weight = jnp.where(gap > 0, (times[:, None] - times[lower]) / jnp.where(gap > 0, gap, 1), 0)
+    return jnp.where(seen, values, x0 + weight.astype(values.dtype) * (x1 - x0))

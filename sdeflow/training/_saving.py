@@ -1,0 +1,156 @@
+"""How `fit` saves its state and takes it up again, so that a killed run ends as one that was not."""
+
+import ast
+import dataclasses
+import itertools
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from .._compat import SdeflowWarning
+from ._checkpoint import contents, rebuild, versions
+from ._describe import class_path, describe
+from ._file import CheckpointError, previous, read, write
+from ._history import History
+from ._step import Fixed, TrainState, fresh
+
+if TYPE_CHECKING:
+    from ._loop import Loop, Plan
+
+_AFRESH = "To start afresh, delete the file and its .prev, or give another `checkpoint=`."
+
+
+def save(loop: "Loop") -> None:
+    """Write the state to the checkpoint; a failure to write is a warning, and training goes on."""
+    path = loop.plan.checkpoint
+    if path is None or loop.saved == loop.mark() or is_gone(loop):
+        return
+    model = eqx.combine(loop.state.params, loop.fixed.static)
+    tree = {
+        "last": model,
+        "optimiser": eqx.combine(loop.state.opt_state, loop.fixed.opt_static),
+        "streak": loop.state.streak,
+        "history": loop.history.arrays(before=loop.step),
+    }
+    if loop.best is not None:
+        tree["best"] = eqx.combine(loop.best, loop.fixed.static)
+    meta = {
+        "step": loop.step,
+        "epoch": loop.epoch,
+        "position": loop.position,
+        "best_value": loop.best_value if loop.best is not None else None,
+        "best_step": loop.best_step,
+        "stale": loop.stale,
+        "validated_step": loop.validated_step,
+        "run": _run(loop.plan, loop.fixed),
+    }
+    try:
+        write(path, contents(tree, meta, class_path(model)), keep=loop.keep_previous)
+    except OSError as error:
+        loop.save_error = error
+        warnings.warn(
+            f"The checkpoint {str(path)!r} could not be written after {loop.step} steps ({error}); "
+            "training goes on, free some space or check the disk.",
+            SdeflowWarning,
+            stacklevel=5,
+        )
+    else:
+        loop.saved, loop.save_error, loop.keep_previous = loop.mark(), None, True
+
+
+def resume(loop: "Loop") -> None:
+    """Take up the state of the checkpoint, if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another run, or is damaged.
+    """
+    path = loop.plan.checkpoint
+    if path is None or not (path.exists() or previous(path).exists()):
+        return
+    header, arrays, good = read(path)
+    meta = header["meta"]
+    if not isinstance(meta, dict) or "run" not in meta:
+        raise CheckpointError(f"The checkpoint {str(path)!r} was not written by `fit`; give another path.")
+    _compare(meta["run"], _run(loop.plan, loop.fixed), header["versions"], path)
+    if meta["step"] > loop.plan.steps:
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} is at step {meta['step']} but steps={loop.plan.steps}; "
+            f"ask for at least as many. {_AFRESH}"
+        )
+    model = eqx.combine(loop.state.params, loop.fixed.static)
+    optimiser = eqx.combine(loop.state.opt_state, loop.fixed.opt_static)
+    try:
+        model = rebuild(header, arrays, model, path, "last")
+        optimiser = rebuild(header, arrays, optimiser, path, "optimiser")
+        best = None if meta["best_step"] is None else rebuild(header, arrays, model, path, "best")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_AFRESH}") from None
+    if best is not None:
+        loop.best = fresh(eqx.filter(best, eqx.is_inexact_array))
+        loop.best_value, loop.best_step = meta["best_value"], meta["best_step"]
+    params, static = eqx.partition(fresh(model), eqx.is_inexact_array)
+    opt_state, opt_static = eqx.partition(fresh(optimiser), eqx.is_array)
+    counters = [jnp.asarray(x, jnp.int32) for x in (meta["step"], arrays["['streak']"])]
+    loop.state = TrainState(params, opt_state, *counters, jnp.zeros((), bool))
+    loop.fixed = dataclasses.replace(loop.fixed, static=static, opt_static=opt_static)
+    start = "['history']["
+    loop.history = History(
+        {ast.literal_eval(n[len(start) : -1]): a for n, a in arrays.items() if n.startswith(start)}
+    )
+    loop.step, loop.epoch, loop.position = meta["step"], meta["epoch"], meta["position"]
+    loop.stale, loop.validated_step = meta["stale"], meta["validated_step"]
+    loop.saved = loop.mark() if good else None
+    loop.keep_previous = good  # a damaged file must not take the place of the good one before it
+
+
+def _run(plan: "Plan", fixed: Fixed) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run."""
+    typed = jax.dtypes.issubdtype(plan.key.dtype, jax.dtypes.prng_key)
+    return {
+        "batch_size": plan.batch_size,
+        "validate_every": plan.validate_every,
+        "key": np.asarray(jax.random.key_data(plan.key) if typed else plan.key).tolist(),
+        "key implementation": str(jax.random.key_impl(plan.key)) if typed else "raw",
+        "data": _fingerprint(plan.data),
+        "validation": _fingerprint(plan.validation),
+        "loss": [list(entry) for entry in describe(fixed.loss, code=False, values=True)],
+        "optim": [list(entry) for entry in describe(fixed.optim, values=True)],
+    }
+
+
+def _compare(saved: dict[str, Any], now: dict[str, Any], written: dict[str, str], path: Path) -> None:
+    now = dict(now)
+    if written.get("optax") != versions()["optax"]:
+        now.pop("optim")  # its inner names belong to the release; the optimiser's state is still compared
+    differ = [name for name in now if saved.get(name) != now[name]]
+    if differ:
+        what = ", ".join(_difference(name, saved.get(name), now[name]) for name in differ)
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} belongs to another run: {what}. Make them equal to resume. {_AFRESH}"
+        )
+
+
+def is_gone(loop: "Loop") -> bool:
+    """Whether a step was cut off within, so that its inputs are given up and its outputs never came."""
+    return any(x.is_deleted() for x in jtu.tree_leaves(loop.state) if isinstance(x, jax.Array))
+
+
+def _fingerprint(data: Any) -> str | None:
+    if data is None:
+        return None
+    return str(data.fingerprint()) if callable(getattr(data, "fingerprint", None)) else "unknown"
+
+
+def _difference(name: str, saved: Any, now: Any) -> str:
+    if isinstance(now, list) and name in ("loss", "optim") and isinstance(saved, list):
+        for one, two in itertools.zip_longest(saved, now):
+            if one != two:
+                texts = [f"{e[0]} {e[1]}".strip() if e else "nothing" for e in (one, two)]
+                return f"{name} ({texts[0]} in the file, {texts[1]} here)"
+    return f"{name} ({saved} in the file, {now} here)"
