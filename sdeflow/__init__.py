@@ -1,9 +1,13 @@
 """Differentiable SDE and ODE solving for scientific machine learning.
 
-Every model is a differential equation; `solve` plans a grid of steps and walks it with a diffrax solver.
+Every model is a differential equation; `solve` plans a grid of steps and walks it with a diffrax solver. Everything else
+builds an equation, plans the grid, decides how the walk is differentiated, or reads what the walk saw.
+
+The rooms around the core (data, training, models, plotting) are imported when they are first used.
 """
 
-import importlib.metadata as _metadata
+import importlib as _importlib
+from typing import TYPE_CHECKING, Any as _Any
 
 import jax as _jax
 
@@ -13,6 +17,36 @@ from ._results import RESULTS as RESULTS, SolveError as SolveError, check as che
 from .equations import ODE as ODE, SDE as SDE
 from .solving import Solution as Solution, solve as solve
 
-__version__ = _metadata.version("sdeflow") if False else "0.1.0"
+if TYPE_CHECKING:
+    from . import data as data, models as models, plotting as plotting, training as training
+    from .data import TimeSeries as TimeSeries
+    from .training import fit as fit, losses as losses
+
+__version__ = "0.1.0"
+
+# Name -> the room that holds it; a room stands for itself.
+_LATER = {
+    "data": "data",
+    "models": "models",
+    "plotting": "plotting",
+    "training": "training",
+    "TimeSeries": "data",
+    "fit": "training",
+    "losses": "training",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'sdeflow' has no attribute {name!r}")
+    room = _importlib.import_module(f".{_LATER[name]}", __name__)
+    value = room if name == _LATER[name] else getattr(room, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
 
 _warn_if_bad_jax(_jax.__version__)

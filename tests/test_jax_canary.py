@@ -31,8 +31,9 @@ def test_matvec_then_sum_agrees_with_numpy(n, dtype):
 
 
 # ---- A loop that saves one row a step must not touch the other rows. ----
-# This reads the compiled program, so it sees the copies that a program asks for. What jax 0.11.1 does (65536 rows
-# take 1700 ms, elsewhere 1.3) happens inside one instruction and shows in no text; that release is refused by name.
+# This reads the compiled program, so it sees the copies that a program asks for. What jax 0.11.1 does (65536
+# rows take 1700 ms, elsewhere 1.3) happens inside one instruction and shows in no text; it is refused
+# by name.
 
 _ROWS = 1031  # a prime, so that no other array of the program has this length by chance
 # What may yield an array as long as the buffer without touching its rows one by one.

@@ -1,7 +1,6 @@
 """``fit``: train any model on any data with any loss."""
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -23,6 +23,9 @@ from ._progress import make_progress
 from ._result import Event, FitResult
 from ._saving import is_gone, resume, save
 from ._step import start
+from ._sum import name_of
+
+_IDS_SHOWN = 16
 
 
 def fit(
@@ -151,10 +154,10 @@ def fit(
         try:
             loop.train()
         except KeyboardInterrupt:
+            loop.drain()
             if is_gone(loop):
                 raise
             interrupted = True
-            loop.drain()
         except Exception:
             with contextlib.suppress(Exception):  # the first error is the one to hear about
                 loop.drain()
@@ -170,9 +173,8 @@ def _finish(loop: Loop, interrupted: bool) -> FitResult:
     done = f"{loop.step} of {plan.steps} steps"
     if failure is not None:
         result = RESULTS.nonfinite_loss
-        ids = "" if failure.ids is None else f", ids {list(failure.ids)}"
-        where = f"step {failure.step} (epoch {failure.epoch}, batch {failure.position}{ids})"
-        message = f"nonfinite loss at {where}: {message_of(result)}"
+        where = f"step {failure.step} (epoch {failure.epoch}, batch {failure.position}{_ids(failure.ids)})"
+        message = f"nonfinite loss at {where}."
         warnings.warn(
             f"The loss or its gradient was not finite at {where}. {message_of(result)}", SdeflowWarning, 3
         )
@@ -184,9 +186,9 @@ def _finish(loop: Loop, interrupted: bool) -> FitResult:
     history = loop.history.arrays()
     _warn_of_failed_solves(history)
     params = loop.state.params if loop.best is None else loop.best
-    fitted = FitResult(
-        eqx.combine(params, loop.fixed.static), history, result, loop.step, message, loop.best_step
-    )
+    model = eqx.combine(params, loop.fixed.static)
+    at = None if failure is None else {n: getattr(failure, n) for n in ("step", "epoch", "position", "ids")}
+    fitted = FitResult(model, history, result, loop.step, message, loop.best_step, at)
     if plan.checkpoint is not None and loop.save_error is not None and loop.saved is None:
         error = OSError(
             loop.save_error.errno,
@@ -198,13 +200,20 @@ def _finish(loop: Loop, interrupted: bool) -> FitResult:
     return fitted
 
 
+def _ids(ids: Any) -> str:
+    if ids is None:
+        return ""
+    shown = np.asarray(ids).ravel()
+    return f", ids {shown[:_IDS_SHOWN].tolist()}" + (" and more" if len(shown) > _IDS_SHOWN else "")
+
+
 def _warn_of_failed_solves(history: dict[str, Any]) -> None:
     failed = history.get("failed")
     if failed is not None and (failed > 0).any():
         first = int(history["step"][(failed > 0).argmax()])
         warnings.warn(
-            f"In {int((failed > 0).sum())} of {len(failed)} steps a solve failed for a part of the batch, first "
-            f'at step {first}; see history["failed"], and take smaller steps or a more stable solver.',
+            f"In {int((failed > 0).sum())} of {len(failed)} steps a solve failed for a part of the batch, "
+            f'first at step {first}; see history["failed"], and take smaller steps or a more stable solver.',
             SdeflowWarning,
             stacklevel=4,
         )
@@ -238,7 +247,9 @@ def _check_loss(loss: Any) -> Callable[..., Any]:
         for leaf in jtu.tree_leaves(eqx.filter(loss, eqx.is_array, inverse=True)):
             hash(leaf)
     except TypeError:  # the compiled step is looked up by its static parts
-        return lambda *args: loss(*args)
+        wrapped = lambda *args: loss(*args)
+        wrapped.__name__ = name_of(loss)
+        return wrapped
     return loss
 
 
@@ -250,7 +261,7 @@ def _check_model(model: PyTree) -> None:
         raise ValueError(
             f"The model has no floating-point array to train ({have}); make its parameters jax arrays."
         )
-    bad = [name for name, leaf in trained if not math.isfinite(float(jnp.sum(jnp.abs(leaf) * 0)))]
+    bad = [name for name, leaf in trained if not bool(jnp.isfinite(leaf).all())]
     if bad:
         raise ValueError(
             f"The model starts with NaN or infinite parameters in {', '.join(bad)}; initialise them anew."

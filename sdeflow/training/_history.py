@@ -9,7 +9,7 @@ _VALIDATION = "validation_"
 
 
 class History:
-    """Columns "step", "loss" and metrics, a row a step; with "validation_" before them, a row an evaluation."""
+    """Columns "step", "loss" and metrics, a row a step; after "validation_" likewise, a row an evaluation."""
 
     def __init__(self, columns: Mapping[str, np.ndarray] | None = None):
         self._columns: dict[str, list[float]] = {"step": [], "loss": []}

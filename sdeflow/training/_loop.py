@@ -108,8 +108,8 @@ class Loop:
         used = sum(1 for _ in itertools.islice(batches, self.position))
         if used < self.position:
             raise ValueError(
-                f"data.batches yielded {used} batches in epoch {self.epoch}, but {self.position} had been used "
-                "when the checkpoint was written; give the same data, or delete the checkpoint."
+                f"data.batches yielded {used} batches in epoch {self.epoch}, but {self.position} had been "
+                "used when the checkpoint was written; give the same data, or delete the checkpoint."
             )
         return batches
 

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from ._step import fresh
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class FitResult:
     """The outcome of `fit`.
 
@@ -26,6 +26,7 @@ class FitResult:
         num_steps: the number of steps done.
         message: why training ended, in one sentence.
         best_step: the step after which ``model`` was taken, None if there was no validation.
+        failure: the "step", "epoch", "position" in the epoch and "ids" of the batch whose loss was not finite, or None.
     """
 
     model: PyTree
@@ -34,6 +35,7 @@ class FitResult:
     num_steps: int
     message: str
     best_step: int | None = None
+    failure: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         lines = [self.message]
@@ -52,7 +54,7 @@ class FitResult:
         return "FitResult(\n" + "".join(f"  {line}\n" for line in lines) + ")"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Event:
     """What a callback is told after a step.
 

@@ -138,7 +138,8 @@ def _compare(saved: dict[str, Any], now: dict[str, Any], written: dict[str, str]
 
 def is_gone(loop: "Loop") -> bool:
     """Whether a step was cut off within, so that its inputs are given up and its outputs never came."""
-    return any(x.is_deleted() for x in jtu.tree_leaves(loop.state) if isinstance(x, jax.Array))
+    gone = any(x.is_deleted() for x in jtu.tree_leaves(loop.state) if isinstance(x, jax.Array))
+    return gone or int(loop.state.step) != loop.step
 
 
 def _fingerprint(data: Any) -> str | None:

@@ -29,7 +29,7 @@ class TrainState(eqx.Module):
 
 
 class Fixed(eqx.Module):
-    """What a step only reads: key, skip, and the arrays in ``static`` and ``loss``, are traced, the rest not."""
+    """What a step only reads. Key, skip and the arrays in ``static`` and ``loss`` are traced."""
 
     static: PyTree
     opt_static: PyTree

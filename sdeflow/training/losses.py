@@ -1,9 +1,16 @@
 """``sdeflow.losses``: losses on predictions. They add with ``+`` and scale with ``*``."""
 
-from ._losses import CrossEntropy as CrossEntropy, MaskedMSE as MaskedMSE
+from ._losses import CrossEntropy as CrossEntropy
+from ._losses import MaskedMSE as MaskedMSE
 from ._sum import (
     AbstractLoss as AbstractLoss,
+)
+from ._sum import (
     AbstractPredictionLoss as AbstractPredictionLoss,
+)
+from ._sum import (
     FunctionLoss as FunctionLoss,
+)
+from ._sum import (
     Sum as Sum,
 )
