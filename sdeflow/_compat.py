@@ -4,10 +4,12 @@ Nothing else in the package may import a name that starts with an underscore fro
 Every item below is pinned by one test in ``tests/test_diffrax_contract.py``.
 """
 
+import functools as ft
 import warnings
 from typing import Any
 
 import diffrax
+import equinox.internal as eqxi
 import jax
 import jax.tree_util as jtu
 import numpy as np
@@ -86,3 +88,12 @@ def names(enumeration: Any) -> list[str]:
 def warn(message: str, category: type[Warning] = SdeflowWarning) -> None:
     """Emit a warning that points at the caller of the public function that found fault."""
     warnings.warn(message, category, stacklevel=4)
+
+
+lax_while_loop = ft.partial(eqxi.while_loop, kind="lax")
+"""The while loop that ``AbstractAdjoint._loop`` expects, without support for reverse mode."""
+
+
+def is_save_state(x: Any) -> bool:
+    """Whether ``x`` is what diffrax's loop carries for one ``SubSaveAt``."""
+    return isinstance(x, SaveState)

@@ -8,6 +8,7 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from ..walking import Carry, Rows, prepare_solver, walk
+from ._adaptive import adaptive_loop, can_record
 from ._base import AbstractWalkAdjoint
 
 
@@ -70,3 +71,9 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
         """Walk all rows under the checkpointing policy."""
         solver = prepare_solver(solver)
         return walk(solver, terms, args, y0, rows, checkpoints=self.checkpoints, every=every, emit=emit, start=start)
+
+    def loop(self, **kwargs: Any) -> Any:
+        """The loop of ``diffrax.diffeqsolve``: by walking, or for adaptive steps by the recorded reverse rule."""
+        if can_record(kwargs):
+            return adaptive_loop(self, self.record, **kwargs)
+        return super().loop(**kwargs)

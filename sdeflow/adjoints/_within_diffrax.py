@@ -38,7 +38,9 @@ def _can_walk(kwargs: dict[str, Any]) -> bool:
     interleaved = any(sub.ts is not None and sub.steps for sub in subs)
     extras = saveat.dense or saveat.controller_state or kwargs["event"] is not None or kwargs["max_steps"] is None
     progress = not isinstance(kwargs["progress_meter"], diffrax.NoProgressMeter)
-    return known and not (interleaved or extras or progress)
+    # A solve that goes on from another one brings its own clock and its own last jump.
+    resumed = kwargs["passed_controller_state"] or kwargs["init_state"].made_jump is not False
+    return known and not (interleaved or extras or progress or resumed)
 
 
 def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
@@ -61,10 +63,12 @@ def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
         if static:
             bound = min(bound, max(p.grid.num_rows for p in paths))
         rounded = bound if static else -(-bound // CHUNK) * CHUNK
-        # The formula of diffrax's constant steps, so that both loops stand on the same times.
+        # The formula of diffrax's constant steps, so that both loops stand on the same times: equal steps, except
+        # that the first one is dt0 even where dt0 does not divide the whole.
         index = jnp.arange(rounded + 1)
         fraction = jnp.minimum(index, count).astype(t0.dtype) / jnp.maximum(count, 1).astype(t0.dtype)
-        times = jnp.where(index >= count, t1, t0 + (t1 - t0) * fraction)
+        times = jnp.where(index == 1, state.tnext, t0 + (t1 - t0) * fraction)
+        times = jnp.where(index >= count, t1, times)
         live = index[:-1] < jnp.minimum(count, bound)
         last = jnp.maximum(jnp.minimum(count, bound) - 1, 0)
         left, right = jnp.where(live, times[:-1], times[last]), jnp.where(live, times[1:], times[last + 1])
@@ -90,11 +94,13 @@ def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
     okay = (result == diffrax.RESULTS.successful) & ~finite
     result = diffrax.RESULTS.where(okay, diffrax.RESULTS.nonfinite, result)  # pyright: ignore
 
+    reached = jnp.where(count > bound, right[-1], t1)
+
     def fill(sub: Any, save: SaveState) -> SaveState:
-        return _fill(sub, save, state.y, final.y, emitted, solver, args, direction, (left, right), steps_taken, t0, t1)
+        where = (left, right, steps_taken, t0, reached)
+        return _fill(sub, save, state.y, final.y, emitted, solver, args, direction, *where)
 
     save_state = jtu.tree_map(fill, saveat.subs, state.save_state, is_leaf=_is_save)
-    reached = jnp.where(count > bound, right[-1], t1)
     where = lambda s: (s.y, s.tprev, s.solver_state, s.result, s.num_steps, s.num_accepted_steps, s.save_state)
     new = (final.y, reached, final.solver_state, result, steps_taken, steps_taken, save_state)
     return eqx.tree_at(where, state, new, is_leaf=lambda x: x is None), {}
@@ -153,14 +159,17 @@ def _fill(
     solver: Any,
     args: Any,
     direction: Any,
-    ends: tuple[Any, Any],
+    left: Any,
+    right: Any,
     count: Any,
     t0: Any,
-    t1: Any,
+    reached: Any,
 ) -> SaveState:
-    """Write what one ``SubSaveAt`` asks for, in diffrax's order: t0, then times or steps, then t1."""
-    left, right = ends
-    ts, ys, index = save.ts, save.ys, save.save_index
+    """Write what one ``SubSaveAt`` asks for, in diffrax's order: t0, then times or steps, then the end.
+
+    Times beyond ``reached`` keep the infinities that diffrax puts there.
+    """
+    ts, ys, index, ts_index = save.ts, save.ys, save.save_index, save.saveat_ts_index
 
     if sub.t0:
         ts, ys = ts.at[index].set(t0), jtu.tree_map(lambda b, x: b.at[index].set(x), ys, sub.fn(t0, y0, args))
@@ -175,13 +184,15 @@ def _fill(
             return sub.fn(t, piece.evaluate(t * direction), args)
 
         values = jax.vmap(at)(row, sub.ts)
-        place = lambda buffer, x: jax.lax.dynamic_update_slice_in_dim(buffer, x, index, axis=0)
-        ts, ys = place(ts, sub.ts), jtu.tree_map(place, ys, values)
-        index = index + sub.ts.shape[0]
+        done = sub.ts <= reached
+        # What is not to be written is sent out of the buffer, where it is dropped.
+        at_index = jnp.where(done, index + jnp.arange(sub.ts.shape[0]), ts.shape[0])
+        write = lambda buffer, x: buffer.at[at_index].set(x, mode="drop")
+        ts, ys = write(ts, sub.ts), jtu.tree_map(write, ys, values)
+        index, ts_index = index + done.sum(), ts_index + done.sum()
     if sub.steps:
         rows = jnp.arange(sub.steps - 1, right.shape[0], sub.steps)
         values = jax.vmap(lambda i: sub.fn(right[i], jtu.tree_map(lambda x: x[i], emitted[0]), args))(rows)
-        # Rows beyond the last live one are sent out of the buffer, where they are dropped.
         at_index = jnp.where(rows < count, index + jnp.arange(rows.shape[0]), ts.shape[0])
         write = lambda buffer, x: buffer.at[at_index].set(x, mode="drop")
         ts, ys = write(ts, right[rows]), jtu.tree_map(write, ys, values)
@@ -190,6 +201,6 @@ def _fill(
         already = jnp.array(False) if not sub.steps else count % sub.steps == 0
         at_index = jnp.where(already, ts.shape[0], index)
         write = lambda buffer, x: buffer.at[at_index].set(x, mode="drop")
-        ts, ys = write(ts, t1), jtu.tree_map(write, ys, sub.fn(t1, y1, args))
+        ts, ys = write(ts, reached), jtu.tree_map(write, ys, sub.fn(reached, y1, args))
         index = index + jnp.where(already, 0, 1)
-    return SaveState(saveat_ts_index=save.saveat_ts_index, ts=ts, ys=ys, save_index=index)
+    return SaveState(saveat_ts_index=ts_index, ts=ts, ys=ys, save_index=index)

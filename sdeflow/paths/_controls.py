@@ -21,7 +21,7 @@ from .._compat import is_concrete
 _ULPS = (
     8  # Solvers reach the ends of a path through sums that round; this far beyond an end is still the end.
 )
-_COMPARE_ALL = 256  # Up to this many knots, comparing with all of them beats a binary search inside a loop.
+_COMPARE_ALL = 256  # Up to this many knots, one comparison with all is better than a search loop in a loop.
 
 
 class LinearControl(diffrax.AbstractPath):
@@ -80,14 +80,15 @@ class LinearControl(diffrax.AbstractPath):
         del left
         if t1 is not None:
             return self.evaluate(t1) - self.evaluate(t0)
-        t, inside = self._clip(t0)
-        i, j = self._segment(t, side="right")
-        gap = self.times[j] - self.times[i]
-        weight = (t - self.times[i]) / jnp.where(gap > 0, gap, 1)
-        weight = jnp.where(gap > 0, weight, 0).astype(self.knots.dtype)
-        step = self.knots[j] - self.knots[i]
+        t, inside = self._query(t0)
+        (left_time, right_time), (left_knot, right_knot) = self._segment(t, side="right")
+        gap = right_time - left_time
+        weight = jnp.where(gap > 0, (t - left_time) / jnp.where(gap > 0, gap, 1), 0)
+        # Outside the data the weight is a constant, so no derivative in the times arises there.
+        weight = jnp.where(t > self.t1, 1, jnp.where(t < self.t0, 0, weight)).astype(self.knots.dtype)
+        step = right_knot - left_knot
         # Measured from the nearer knot, so that both knots are met to the last bit.
-        x = jnp.where(weight < 0.5, self.knots[i] + weight * step, self.knots[j] - (1 - weight) * step)
+        x = jnp.where(weight < 0.5, left_knot + weight * step, right_knot - (1 - weight) * step)
         return jnp.where(inside, x, jnp.nan)
 
     def derivative(self, t: Any, left: bool = True) -> Float[Array, " C"]:
@@ -99,42 +100,39 @@ class LinearControl(diffrax.AbstractPath):
         Raises:
             ValueError: as for `evaluate`.
         """
-        raw = self._scalar(t)
-        t, inside = self._clip(raw)
-        i, j = self._segment(t, side="left" if left else "right")
-        gap = (self.times[j] - self.times[i]).astype(self.knots.dtype)
-        slope = jnp.where(gap > 0, (self.knots[j] - self.knots[i]) / jnp.where(gap > 0, gap, 1), 0)
+        t, inside = self._query(t)
+        (left_time, right_time), (left_knot, right_knot) = self._segment(t, side="left" if left else "right")
+        gap = (right_time - left_time).astype(self.knots.dtype)
+        slope = jnp.where(gap > 0, (right_knot - left_knot) / jnp.where(gap > 0, gap, 1), 0)
         if self.extrapolate == "flat":
-            slope = jnp.where((raw < self.t0) | (raw > self.t1), 0, slope)
+            slope = jnp.where((t < self.t0) | (t > self.t1), 0, slope)
         return jnp.where(inside, slope, jnp.nan)
 
-    def _scalar(self, t: Any) -> Float[Array, ""]:
+    def _query(self, t: Any) -> tuple[Float[Array, ""], Any]:
+        """The time as a scalar of the times' dtype, and whether the path answers there."""
         if jnp.ndim(t) != 0:
             raise ValueError(f"A path is evaluated at one time, got shape {jnp.shape(t)}; use jax.vmap.")
-        return jnp.asarray(t, dtype=self.times.dtype)
-
-    def _clip(self, t: Any) -> tuple[Float[Array, ""], Any]:
-        """The time moved to the nearest end if it lies outside, and whether that may be done."""
-        t = self._scalar(t)
-        clipped = jnp.where(t > self.t1, self.t1, jnp.where(t < self.t0, self.t0, t))
+        t = jnp.asarray(t, dtype=self.times.dtype)
+        here, low, high = (jax.lax.stop_gradient(x) for x in (t, self.t0, self.t1))
         if self.extrapolate == "flat":
-            return clipped, ~jnp.isnan(t)
-        largest = jax.lax.stop_gradient(jnp.maximum(jnp.abs(self.t0), jnp.abs(self.t1)))
-        slack = _ULPS * jnp.finfo(self.times.dtype).eps * largest
-        inside = jnp.abs(jax.lax.stop_gradient(t - clipped)) <= slack
+            return t, ~jnp.isnan(here)
+        slack = _ULPS * jnp.finfo(self.times.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+        inside = (here >= low - slack) & (here <= high + slack)
         if is_concrete(inside) and not bool(inside):
             raise ValueError(
-                f"t={float(t):g} lies outside the data, from {float(self.t0):g} to {float(self.t1):g}; "
+                f"t={float(here):g} lies outside the data, from {float(low):g} to {float(high):g}; "
                 'use extrapolate="flat" to hold the ends.'
             )
-        return clipped, inside
+        return t, inside
 
-    def _segment(self, t: Float[Array, ""], side: str) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """The two knots around ``t``, never of the padding."""
+    def _segment(self, t: Float[Array, ""], side: str) -> tuple[Float[Array, "2"], Float[Array, "2 C"]]:
+        """Times and values of the two knots around ``t``, never of the padding."""
         method = "compare_all" if self.times.shape[0] <= _COMPARE_ALL else "scan"
-        i = jnp.searchsorted(self.times, jax.lax.stop_gradient(t), side=side, method=method) - 1
+        i = jnp.searchsorted(*jax.lax.stop_gradient((self.times, t)), side=side, method=method) - 1
         i = jnp.clip(i, 0, jnp.maximum(self.last - 1, 0))
-        return i, jnp.minimum(i + 1, self.last)
+        # One gather for the pair: XLA may merge two in reverse mode, in an order that depends on the padding.
+        pair = jnp.stack([i, jnp.minimum(i + 1, self.last)])
+        return self.times[pair], self.knots[pair]
 
 
 def linear_control(
@@ -185,7 +183,7 @@ def linear_control(
     if is_concrete(values) and np.isinf(values).any():
         row, channel = (int(x) for x in np.argwhere(np.isinf(values))[0])
         raise ValueError(f"values[{row}, {channel}] is {values[row, channel]}; use NaN for a missing value.")
-    last = jnp.searchsorted(times, times[-1], side="left")
+    last = jnp.sum(times < times[-1])
     knots = _fill(times, values)
     rising = jnp.all(jnp.diff(times) >= 0) & jnp.isfinite(times[-1])
     return LinearControl(times, jnp.where(rising, knots, jnp.nan), last, extrapolate)
@@ -217,7 +215,7 @@ def _check_times(times: np.ndarray) -> None:
 
 
 def _fill(times: Float[Array, " L"], values: Float[Array, "L C"]) -> Float[Array, "L C"]:
-    """Values with every gap filled: a running maximum of row numbers finds each entry's observed neighbours."""
+    """Values with every gap filled; a running maximum of row numbers finds the observed neighbours."""
     count, channels = values.shape
     fresh = jnp.concatenate([jnp.ones(1, bool), jnp.diff(times) > 0])[:, None]
     seen = ~jnp.isnan(values) & fresh
@@ -229,7 +227,8 @@ def _fill(times: Float[Array, " L"], values: Float[Array, "L C"]) -> Float[Array
     lower, upper = jnp.where(before >= 0, before, after), jnp.where(after < count, after, before)
     # A channel that was never observed has a neighbour on neither side; its values are all 0 by now.
     lower, upper = jnp.clip(lower, 0, count - 1), jnp.clip(upper, 0, count - 1)
-    x0, x1 = jnp.take_along_axis(values, lower, axis=0), jnp.take_along_axis(values, upper, axis=0)
-    gap = times[upper] - times[lower]
-    weight = jnp.where(gap > 0, (times[:, None] - times[lower]) / jnp.where(gap > 0, gap, 1), 0)
+    pair = jnp.stack([lower, upper])
+    (x0, x1), (t0, t1) = values[pair, jnp.arange(channels)], times[pair]
+    gap = t1 - t0
+    weight = jnp.where(gap > 0, (times[:, None] - t0) / jnp.where(gap > 0, gap, 1), 0)
     return jnp.where(seen, values, x0 + weight.astype(values.dtype) * (x1 - x0))

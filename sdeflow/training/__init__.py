@@ -5,20 +5,12 @@ from ._checkpoint import load_checkpoint as load_checkpoint
 from ._checkpoint import save_checkpoint as save_checkpoint
 from ._file import CheckpointError as CheckpointError
 from ._fit import fit as fit
-from ._losses import CrossEntropy as CrossEntropy
-from ._losses import MaskedMSE as MaskedMSE
 from ._prediction import Prediction as Prediction
 from ._result import Event as Event
 from ._result import FitResult as FitResult
-from ._sum import (
-    AbstractLoss as AbstractLoss,
-)
-from ._sum import (
-    AbstractPredictionLoss as AbstractPredictionLoss,
-)
-from ._sum import (
-    FunctionLoss as FunctionLoss,
-)
-from ._sum import (
-    Sum as Sum,
-)
+from .losses import AbstractLoss as AbstractLoss
+from .losses import AbstractPredictionLoss as AbstractPredictionLoss
+from .losses import CrossEntropy as CrossEntropy
+from .losses import FunctionLoss as FunctionLoss
+from .losses import MaskedMSE as MaskedMSE
+from .losses import Sum as Sum

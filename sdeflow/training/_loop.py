@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .._compat import SdeflowWarning
 from ._history import History
 from ._interrupts import Interrupts
 from ._progress import Progress
@@ -204,7 +206,11 @@ class Loop:
         # Weights that depend on the step are those of the last one, so that evaluations can be compared.
         step = jnp.asarray(plan.steps - 1, jnp.int32)
         scores, weights = [], []
-        for index, batch in enumerate(_batches(plan.validation, plan.batch_size, plan.key_validation)):
+        with warnings.catch_warnings():
+            # Less validation data than one batch is no mistake.
+            warnings.simplefilter("ignore", SdeflowWarning)
+            batches = _batches(plan.validation, plan.batch_size, plan.key_validation)
+        for index, batch in enumerate(batches):
             key = jax.random.fold_in(plan.key_validation, index)
             arrays = to_arrays(batch)
             scores.append(evaluate(self.fixed, self.state.params, arrays, key, step))

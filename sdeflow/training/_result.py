@@ -26,7 +26,8 @@ class FitResult:
         num_steps: the number of steps done.
         message: why training ended, in one sentence.
         best_step: the step after which ``model`` was taken, None if there was no validation.
-        failure: the "step", "epoch", "position" in the epoch and "ids" of the batch whose loss was not finite, or None.
+        failure: the "step", "epoch", "position" in the epoch and "ids" of the batch whose loss was not
+            finite, or None.
     """
 
     model: PyTree

@@ -132,7 +132,8 @@ def _compare(saved: dict[str, Any], now: dict[str, Any], written: dict[str, str]
     if differ:
         what = ", ".join(_difference(name, saved.get(name), now[name]) for name in differ)
         raise CheckpointError(
-            f"The checkpoint {str(path)!r} belongs to another run: {what}. Make them equal to resume. {_AFRESH}"
+            f"The checkpoint {str(path)!r} belongs to another run: {what}. "
+            f"Make them equal to resume. {_AFRESH}"
         )
 
 

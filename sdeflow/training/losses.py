@@ -2,15 +2,7 @@
 
 from ._losses import CrossEntropy as CrossEntropy
 from ._losses import MaskedMSE as MaskedMSE
-from ._sum import (
-    AbstractLoss as AbstractLoss,
-)
-from ._sum import (
-    AbstractPredictionLoss as AbstractPredictionLoss,
-)
-from ._sum import (
-    FunctionLoss as FunctionLoss,
-)
-from ._sum import (
-    Sum as Sum,
-)
+from ._sum import AbstractLoss as AbstractLoss
+from ._sum import AbstractPredictionLoss as AbstractPredictionLoss
+from ._sum import FunctionLoss as FunctionLoss
+from ._sum import Sum as Sum
