@@ -14,6 +14,7 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 from diffrax._integrate import SaveState as SaveState
+from diffrax._root_finder import use_stepsize_tol as use_stepsize_tol
 from diffrax._term import WrapTerm as WrapTerm
 
 _BAD_JAX = {

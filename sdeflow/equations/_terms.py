@@ -82,8 +82,10 @@ class DiffusionTerm(diffrax.AbstractTerm):
         return self.control.evaluate(t0, t1, **kwargs)
 
     def prod(self, vf: Any, control: Any) -> PyTree:
-        """The diffusion applied to an increment."""
-        if isinstance(vf, lx.AbstractLinearOperator):
+        """The diffusion applied to an increment, of exactly the noise's structure and shapes."""
+        is_operator = isinstance(vf, lx.AbstractLinearOperator)
+        check_noise(control, vf.in_structure() if is_operator else vf)
+        if is_operator:
             return vf.mv(control)
         return jtu.tree_map(lambda g, w: g * w, vf, control)
 
@@ -106,4 +108,20 @@ def check_operator(operator: lx.AbstractLinearOperator, y: PyTree[Array]) -> Non
     if not same:
         raise ValueError(
             f"The diffusion's operator must map the noise to the state {_describe(y)}, but maps to {_describe(out)}."
+        )
+
+
+def check_noise(control: Any, wanted: Any) -> None:
+    """Check that an increment of the path is what the diffusion is to be applied to.
+
+    Raises:
+        ValueError: if the structures or shapes differ.
+    """
+    same = jtu.tree_structure(control) == jtu.tree_structure(wanted) and all(
+        jnp.shape(w) == jnp.shape(g) for w, g in zip(jtu.tree_leaves(control), jtu.tree_leaves(wanted))
+    )
+    if not same:
+        raise ValueError(
+            f"The diffusion is applied to noise like {_describe(wanted)}, but the path's increments are "
+            f"{_describe(control)}: give the path the structure of the noise; sdeflow never broadcasts."
         )

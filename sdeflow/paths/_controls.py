@@ -7,6 +7,7 @@ needs to look around is done when the path is built, with one cumulative scan an
 path can be built and evaluated under ``jit``, ``vmap`` and ``grad``.
 """
 
+import functools
 from typing import Any, Literal
 
 import diffrax
@@ -81,15 +82,7 @@ class LinearControl(diffrax.AbstractPath):
         if t1 is not None:
             return self.evaluate(t1) - self.evaluate(t0)
         t, inside = self._query(t0)
-        (left_time, right_time), (left_knot, right_knot) = self._segment(t, side="right")
-        gap = right_time - left_time
-        weight = jnp.where(gap > 0, (t - left_time) / jnp.where(gap > 0, gap, 1), 0)
-        # Outside the data the weight is a constant, so no derivative in the times arises there.
-        weight = jnp.where(t > self.t1, 1, jnp.where(t < self.t0, 0, weight)).astype(self.knots.dtype)
-        step = right_knot - left_knot
-        # Measured from the nearer knot, so that both knots are met to the last bit.
-        x = jnp.where(weight < 0.5, left_knot + weight * step, right_knot - (1 - weight) * step)
-        return jnp.where(inside, x, jnp.nan)
+        return jnp.where(inside, _value(self.times, self.knots, self.last, t), jnp.nan)
 
     def derivative(self, t: Any, left: bool = True) -> Float[Array, " C"]:
         """The slope of X at ``t``: at a knot that of the piece before it, or after it with ``left=False``.
@@ -101,9 +94,7 @@ class LinearControl(diffrax.AbstractPath):
             ValueError: as for `evaluate`.
         """
         t, inside = self._query(t)
-        (left_time, right_time), (left_knot, right_knot) = self._segment(t, side="left" if left else "right")
-        gap = (right_time - left_time).astype(self.knots.dtype)
-        slope = jnp.where(gap > 0, (right_knot - left_knot) / jnp.where(gap > 0, gap, 1), 0)
+        slope = _slope(self.times, self.knots, self.last, t, side="left" if left else "right")
         if self.extrapolate == "flat":
             slope = jnp.where((t < self.t0) | (t > self.t1), 0, slope)
         return jnp.where(inside, slope, jnp.nan)
@@ -112,27 +103,28 @@ class LinearControl(diffrax.AbstractPath):
         """The time as a scalar of the times' dtype, and whether the path answers there."""
         if jnp.ndim(t) != 0:
             raise ValueError(f"A path is evaluated at one time, got shape {jnp.shape(t)}; use jax.vmap.")
+        if is_concrete(t, self.times):
+            self._check_inside(float(t), np.asarray(self.times))
         t = jnp.asarray(t, dtype=self.times.dtype)
         here, low, high = (jax.lax.stop_gradient(x) for x in (t, self.t0, self.t1))
         if self.extrapolate == "flat":
             return t, ~jnp.isnan(here)
-        slack = _ULPS * jnp.finfo(self.times.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-        inside = (here >= low - slack) & (here <= high + slack)
-        if is_concrete(inside) and not bool(inside):
+        slack = _slack(self.times.dtype) * jnp.maximum(jnp.abs(low), jnp.abs(high))
+        return t, (here >= low - slack) & (here <= high + slack)
+
+    def _check_inside(self, t: float, times: np.ndarray) -> None:
+        low, high = float(times[0]), float(times[-1])
+        slack = _slack(times.dtype) * max(abs(low), abs(high))
+        if self.extrapolate == "error" and not low - slack <= t <= high + slack:
             raise ValueError(
-                f"t={float(here):g} lies outside the data, from {float(low):g} to {float(high):g}; "
+                f"t={t:g} lies outside the data, from {low:g} to {high:g}; "
                 'use extrapolate="flat" to hold the ends.'
             )
-        return t, inside
 
-    def _segment(self, t: Float[Array, ""], side: str) -> tuple[Float[Array, "2"], Float[Array, "2 C"]]:
-        """Times and values of the two knots around ``t``, never of the padding."""
-        method = "compare_all" if self.times.shape[0] <= _COMPARE_ALL else "scan"
-        i = jnp.searchsorted(*jax.lax.stop_gradient((self.times, t)), side=side, method=method) - 1
-        i = jnp.clip(i, 0, jnp.maximum(self.last - 1, 0))
-        # One gather for the pair: XLA may merge two in reverse mode, in an order that depends on the padding.
-        pair = jnp.stack([i, jnp.minimum(i + 1, self.last)])
-        return self.times[pair], self.knots[pair]
+
+def _slack(dtype: Any) -> float:
+    """How far beyond an end a query may lie, relative to the largest time."""
+    return _ULPS * float(jnp.finfo(dtype).eps)
 
 
 def linear_control(
@@ -183,10 +175,8 @@ def linear_control(
     if is_concrete(values) and np.isinf(values).any():
         row, channel = (int(x) for x in np.argwhere(np.isinf(values))[0])
         raise ValueError(f"values[{row}, {channel}] is {values[row, channel]}; use NaN for a missing value.")
-    last = jnp.sum(times < times[-1])
-    knots = _fill(times, values)
-    rising = jnp.all(jnp.diff(times) >= 0) & jnp.isfinite(times[-1])
-    return LinearControl(times, jnp.where(rising, knots, jnp.nan), last, extrapolate)
+    knots, last = _fill(times, values)
+    return LinearControl(times, knots, last, extrapolate)
 
 
 def _floating(x: Any) -> Array:
@@ -214,8 +204,17 @@ def _check_times(times: np.ndarray) -> None:
         )
 
 
-def _fill(times: Float[Array, " L"], values: Float[Array, "L C"]) -> Float[Array, "L C"]:
-    """Values with every gap filled; a running maximum of row numbers finds the observed neighbours."""
+# Jitted, so that a path built or read eagerly costs one small compilation, not one for each operation.
+
+
+@jax.jit
+def _fill(
+    times: Float[Array, " L"], values: Float[Array, "L C"]
+) -> tuple[Float[Array, "L C"], Int[Array, ""]]:
+    """Values with every gap filled, and the index of the last real row.
+
+    A running maximum of row numbers finds the observed neighbours of every entry.
+    """
     count, channels = values.shape
     fresh = jnp.concatenate([jnp.ones(1, bool), jnp.diff(times) > 0])[:, None]
     seen = ~jnp.isnan(values) & fresh
@@ -226,9 +225,39 @@ def _fill(times: Float[Array, " L"], values: Float[Array, "L C"]) -> Float[Array
     before, after = latest[:, :channels], count - 1 - latest[::-1, channels:]
     lower, upper = jnp.where(before >= 0, before, after), jnp.where(after < count, after, before)
     # A channel that was never observed has a neighbour on neither side; its values are all 0 by now.
-    lower, upper = jnp.clip(lower, 0, count - 1), jnp.clip(upper, 0, count - 1)
-    pair = jnp.stack([lower, upper])
+    pair = jnp.clip(jnp.stack([lower, upper]), 0, count - 1)
     (x0, x1), (t0, t1) = values[pair, jnp.arange(channels)], times[pair]
     gap = t1 - t0
     weight = jnp.where(gap > 0, (times[:, None] - t0) / jnp.where(gap > 0, gap, 1), 0)
-    return jnp.where(seen, values, x0 + weight.astype(values.dtype) * (x1 - x0))
+    knots = jnp.where(seen, values, x0 + weight.astype(values.dtype) * (x1 - x0))
+    rising = jnp.all(jnp.diff(times) >= 0) & jnp.isfinite(times[-1])
+    return jnp.where(rising, knots, jnp.nan), jnp.sum(times < times[-1])
+
+
+@jax.jit
+def _value(times, knots, last, t):
+    (left_time, right_time), (left_knot, right_knot) = _segment(times, knots, last, t, side="right")
+    gap = right_time - left_time
+    weight = jnp.where(gap > 0, (t - left_time) / jnp.where(gap > 0, gap, 1), 0)
+    # Outside the data the weight is a constant, so no derivative in the times arises there.
+    weight = jnp.where(t > times[-1], 1, jnp.where(t < times[0], 0, weight)).astype(knots.dtype)
+    step = right_knot - left_knot
+    # Measured from the nearer knot, so that both knots are met to the last bit.
+    return jnp.where(weight < 0.5, left_knot + weight * step, right_knot - (1 - weight) * step)
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def _slope(times, knots, last, t, side):
+    (left_time, right_time), (left_knot, right_knot) = _segment(times, knots, last, t, side)
+    gap = (right_time - left_time).astype(knots.dtype)
+    return jnp.where(gap > 0, (right_knot - left_knot) / jnp.where(gap > 0, gap, 1), 0)
+
+
+def _segment(times, knots, last, t, side):
+    """Times (2,) and values (2, C) of the two knots around ``t``, never of the padding."""
+    method = "compare_all" if times.shape[0] <= _COMPARE_ALL else "scan"
+    i = jnp.searchsorted(*jax.lax.stop_gradient((times, t)), side=side, method=method) - 1
+    i = jnp.clip(i, 0, jnp.maximum(last - 1, 0))
+    # One gather for the pair: in reverse mode XLA may merge two, in an order that depends on the padding.
+    pair = jnp.stack([i, jnp.minimum(i + 1, last)])
+    return times[pair], knots[pair]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
-from ._grid_brownian import GridBrownian, backwards, nan_like
+from ._grid_brownian import GridBrownian, nan_like
+from ._increments import backwards
 
 
 def _is_brownian(x: Any) -> bool:

@@ -3,11 +3,13 @@
 from typing import Any
 
 import diffrax
-import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._results import RESULTS, promote
+from .._results import RESULTS, is_okay, promote
+from ._choose import evaluations
+from ._guard import GuardedController
+from ._solution import all_finite
 
 
 def delegate(
@@ -38,9 +40,10 @@ def delegate(
     if steps is not None:
         controller, dt0 = diffrax.StepTo(ts=steps), None
         max_steps = max(steps.shape[0] - 1, 1)
-    elif isinstance(controller, diffrax.PIDController) or dt0 is None:
+    else:
         # Requested times are stepped to, so that what is returned are states of the solver.
-        controller = diffrax.ClipStepSizeController(controller, step_ts=ts)  # pyright: ignore
+        guarded = GuardedController(controller)  # pyright: ignore
+        controller = diffrax.ClipStepSizeController(guarded, step_ts=ts)
     sol = diffrax.diffeqsolve(
         terms,
         solver,
@@ -57,13 +60,17 @@ def delegate(
         throw=False,
     )
     final = jtu.tree_map(lambda x: x[-1], sol.ys[1])  # pyright: ignore
-    stats = {"num_steps": sol.stats["num_accepted_steps"], "rejected": sol.stats["num_rejected_steps"], "nfe": None}
-    return sol.ts[0], sol.ys[0], final, stats, promote(sol.result)  # pyright: ignore
+    accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
+    cost = evaluations(solver)
+    nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
+    stats = {"num_steps": accepted, "num_rejected": rejected, "nfe": nfe}
+    result = promote(sol.result)
+    if "record_overflow" in sol.stats:
+        spilt = is_okay(result) & sol.stats["record_overflow"]
+        result = RESULTS.where(spilt, RESULTS.record_overflow, result)
+    return ts, sol.ys[0], final, stats, result  # pyright: ignore
 
 
 def pre_check(y0: Any) -> Any:
     """The result of a start that is not finite, which an adaptive controller would search for a step in vain."""
-    okay = jnp.array(True)
-    for leaf in jtu.tree_leaves(eqx.filter(y0, eqx.is_inexact_array)):
-        okay = okay & jnp.isfinite(leaf).all()
-    return RESULTS.where(okay, RESULTS.successful, RESULTS.nonfinite)
+    return RESULTS.where(all_finite(y0), RESULTS.successful, RESULTS.nonfinite)

@@ -24,12 +24,14 @@ from ..grids import Grid
 from ..grids._build import host_times
 from ..paths import GridBrownian
 from ..walking import Carry, make_rows
+from ._check_path import check_path
 from ._choose import (
     check_interpretation,
     choose_solver,
     choose_storage,
     evaluations,
     levy_area_for,
+    resolve_tolerances,
 )
 from ._delegate import delegate, pre_check
 from ._plan import Plan, plan
@@ -152,16 +154,21 @@ def solve(
     else:
         steps = plan(ts, dt0, grid, steps_per_interval, path, dtype)
         choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
+    if path is not None:
+        check_path(path, solver, ts, None if steps is None else steps.grid)
     storage = None
     if stochastic and path is None and steps is not None:
         storage, why = choose_storage(steps.num_rows)
         choices.append(("noise", f'storage="{storage}", {why}'))
     if adjoint is None:
-        adaptive_adjoint = adaptive or event is not None or _is_implicit(solver)
-        adjoint = diffrax.RecursiveCheckpointAdjoint() if adaptive_adjoint else DiscreteAdjoint()
+        adjoint = DiscreteAdjoint() if event is None else diffrax.RecursiveCheckpointAdjoint()
         why = "exact gradients of the steps taken"
         choices.append(("adjoint", f"{_short(adjoint)}, {why}"))
     else:
+        if not isinstance(adjoint, diffrax.AbstractAdjoint):
+            raise TypeError(
+                f"adjoint must be an adjoint such as sf.adjoints.DiscreteAdjoint() or one of diffrax's, got {adjoint!r}."
+            )
         choices.append(("adjoint", f"{_short(adjoint)}, as given"))
 
     sol = _run(
@@ -209,12 +216,11 @@ def _run(
             path = GridBrownian(steps.grid, structure, key=key, levy_area=levy_area_for(solver), storage=storage)  # pyright: ignore
     terms = equation if isinstance(equation, diffrax.AbstractTerm) else equation.terms(path)
 
-    walks = isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None
-    if walks and not _is_implicit(solver):
+    if steps is not None:
+        solver = resolve_tolerances(solver, dtype)
+    if isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None:
         ys, final, stats, result = _walk(terms, y0, ts, args, steps, solver, adjoint, save_fn)
     else:
-        if isinstance(adjoint, AbstractWalkAdjoint):
-            adjoint = diffrax.RecursiveCheckpointAdjoint()
         times = None if steps is None else jnp.concatenate([steps.grid.left[:1], steps.grid.right])
         ts, ys, final, stats, result = delegate(
             terms, solver, y0, ts, args, steps=times, dt0=dt0, controller=controller, adjoint=adjoint, event=event,
@@ -296,6 +302,8 @@ def _check_noise(stochastic: bool, raw: bool, key: Any, path: Any) -> None:
         raise ValueError("Only a stochastic equation is driven by a path; drop path=.")
     if raw and key is not None:
         raise ValueError("Raw diffrax terms carry their own noise; drop key=.")
+    if not stochastic and key is not None:
+        raise ValueError("An ordinary equation has no noise; drop key=.")
     if key is not None:
         if not isinstance(key, jax.Array) or not (
             jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or (key.dtype == jnp.uint32 and key.shape[-1:] == (2,))
@@ -317,10 +325,6 @@ def _noise_structure(equation: AbstractEquation, t: Any, y0: Any, args: Any) -> 
 def _tree_tolerance(ts: Any, dt0: Any, max_steps: int | None) -> Any:
     span = jnp.abs(ts[-1] - ts[0])
     return span * 2.0**-14 if dt0 is None else jnp.minimum(span * 2.0**-14, jnp.abs(dt0) / 2)
-
-
-def _is_implicit(solver: Any) -> bool:
-    return isinstance(solver, diffrax.AbstractImplicitSolver)
 
 
 def _short(adjoint: Any) -> str:

@@ -105,7 +105,7 @@ def rebuild(
     saved = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
     keys = {name[len(prefix) :]: impl for name, impl in header["keys"].items() if name.startswith(prefix)}
     static = [(name[len(prefix) :], text) for name, text in header["static"] if name.startswith(prefix)]
-    if part is not None and not static:
+    if part is not None and not (static or saved):
         raise CheckpointError(
             f"The checkpoint {str(path)!r} has no part {part!r}; it was not saved by `fit` with one."
         )

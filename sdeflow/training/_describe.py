@@ -53,7 +53,9 @@ def _walk(x: Any, path: str, out: Description, above: tuple, code: bool, values:
         out.append((path, "(itself)"))
         return
     if isinstance(x, _PLAIN):
-        out.append((path, repr(x)))
+        # Some schedules of optax turn their whole numbers into floats on first use.
+        whole = values and isinstance(x, float) and x.is_integer()
+        out.append((path, repr(int(x) if whole else x)))
         return
     below = functools.partial(_walk, out=out, above=(*above, x), code=code)
     if isinstance(x, type):

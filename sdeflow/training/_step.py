@@ -57,7 +57,7 @@ def start(model: PyTree, loss: Any, optim: Any, key: PRNGKeyArray, skip: int) ->
 def train_step(read: tuple[Fixed, PyTree], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Take one step on a batch; ``read`` is (fixed, batch), and the buffers of ``state`` are given up.
 
-    Returns the new state and a report: "loss", "okay", "failed" and the dict "metrics".
+    Returns the new state and a report: "loss", "failed" and the dict "metrics".
     """
     fixed, batch = read
     key = jax.random.fold_in(fixed.key, state.step)
@@ -84,7 +84,7 @@ def train_step(read: tuple[Fixed, PyTree], state: TrainState) -> tuple[TrainStat
         jnp.where(failed, state.streak, streak),
         failed,
     )
-    return new_state, {"loss": value, "okay": okay, "failed": failed, "metrics": metrics}
+    return new_state, {"loss": value, "failed": failed, "metrics": metrics}
 
 
 @eqx.filter_jit

@@ -1,0 +1,50 @@
+"""What a path given by the user must be able to answer, checked before anything runs."""
+
+from typing import Any
+
+import diffrax
+import numpy as np
+
+from .._compat import is_concrete
+from ..grids import Grid
+from ._choose import levy_area_for
+
+
+def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | None) -> None:
+    """Refuse a path that the solver cannot use, that ends too early, or that is too coarse for the steps.
+
+    Arguments:
+        grid: the steps, if they are fixed. What is traced is not checked.
+
+    Raises:
+        TypeError: if it is not a diffrax path.
+        ValueError: if it lacks the Levy area that the solver needs, does not cover ``ts``, or is a
+            ``VirtualBrownianTree`` whose tolerance is more than half of the shortest step.
+    """
+    if not isinstance(path, diffrax.AbstractPath):
+        raise TypeError(f"path must be a diffrax path such as sf.paths.GridBrownian(...), got {type(path).__name__}.")
+    kind = type(path).__name__
+    area, needed = getattr(path, "levy_area", None), levy_area_for(solver)
+    if area is not None and not issubclass(area, needed):
+        raise ValueError(
+            f"{type(solver).__name__} needs levy_area=diffrax.{needed.__name__}, but the {kind} has "
+            f"{area.__name__}: build the path with that levy_area."
+        )
+    ends = (getattr(path, "t0", None), getattr(path, "t1", None))
+    if any(x is None for x in ends) or not is_concrete(ts, *ends) or np.ndim(ends[0]) != 0:
+        return
+    low, high = sorted((float(ends[0]), float(ends[1])))
+    times = np.asarray(ts, np.float64)
+    slack = 1e-5 * np.ptp(times)
+    if times.min() < low - slack or times.max() > high + slack:
+        raise ValueError(
+            f"The {kind} covers times from {low:g} to {high:g}, but ts runs from {times[0]:g} to {times[-1]:g}: build "
+            "it to cover all of ts."
+        )
+    if isinstance(path, diffrax.VirtualBrownianTree) and grid is not None and is_concrete(path.tol) and grid.is_concrete:
+        shortest = float(np.abs(np.asarray(grid.right) - np.asarray(grid.left)).min())
+        if float(path.tol) > shortest / 2 * (1 + 1e-5):
+            raise ValueError(
+                f"The VirtualBrownianTree's tol={float(path.tol):g} is more than half of the shortest step "
+                f"{shortest:g}, so its increments would have the wrong statistics: make tol smaller."
+            )
