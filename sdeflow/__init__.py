@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any as _Any
 
 import jax as _jax
 
-from . import adjoints as adjoints, equations as equations, grids as grids, paths as paths
+from . import adjoints as adjoints, equations as equations, grids as grids, paths as paths, solvers as solvers
 from ._compat import SdeflowWarning as SdeflowWarning, warn_if_bad_jax as _warn_if_bad_jax
 from ._results import RESULTS as RESULTS, SolveError as SolveError, check as check, is_okay as is_okay
 from .equations import ODE as ODE, SDE as SDE

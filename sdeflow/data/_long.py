@@ -78,11 +78,12 @@ def _is_missing(x: Any) -> bool:
 
 
 def _labels(column: list[Any], codes: np.ndarray, names: list[Hashable], title: str) -> list[Hashable]:
-    first = np.unique(codes, return_index=True)[1]
-    labels = [column[row] for row in first]
+    # pandas' NA refuses to be compared, so every kind of missing label becomes None; they are refused later.
+    column = [None if _is_missing(label) else label for label in column]
+    labels = [column[row] for row in np.unique(codes, return_index=True)[1]]
     for row, label in enumerate(column):
         expected = labels[codes[row]]
-        if label != expected and not (_is_missing(label) and _is_missing(expected)):
+        if label != expected:
             raise ValueError(
                 f"Column {title!r} changes within series {names[codes[row]]!r}, from {expected!r} to "
                 f"{label!r} in row {row}; a label belongs to a whole series."

@@ -129,6 +129,16 @@ def _transition(A: Array, b: Array, noise: Array, duration: Array) -> tuple[Arra
     return eye + grown, integral, (Q + Q.T) / 2
 
 
+def _per_dimension(dim: int, sigma: Any) -> Array:
+    """One sigma for each of ``dim`` dimensions."""
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"dim must be a positive integer, got {dim!r}.")
+    sigma = _as_float(sigma)
+    if sigma.shape not in ((), (dim,)):
+        raise ValueError(f"sigma must be a scalar or of shape ({dim},), got {sigma.shape}.")
+    return jnp.broadcast_to(sigma, (dim,))
+
+
 class BrownianMotion(LinearSDE):
     """dX = sigma dW in ``dim`` dimensions.
 
@@ -146,12 +156,8 @@ class BrownianMotion(LinearSDE):
     """
 
     def __init__(self, dim: int, sigma: Any = 1.0):
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim must be a positive integer, got {dim!r}.")
-        sigma = _as_float(sigma)
-        if sigma.shape not in ((), (dim,)):
-            raise ValueError(f"sigma must be a scalar or of shape ({dim},), got {sigma.shape}.")
-        super().__init__(jnp.zeros((dim, dim), sigma.dtype), jnp.zeros(dim, sigma.dtype), sigma * jnp.eye(dim))
+        size = _per_dimension(dim, sigma)
+        super().__init__(jnp.zeros((dim, dim), size.dtype), jnp.zeros(dim, size.dtype), jnp.diag(size))
 
     def drift(self, t: Any, y: PyTree, args: Any) -> PyTree:
         """Zero."""
@@ -210,3 +216,27 @@ class OrnsteinUhlenbeck(LinearSDE):
         if self.sigma.ndim == 2:
             return lx.MatrixLinearOperator(self.sigma.astype(y.dtype))
         return jnp.broadcast_to(self.sigma.astype(y.dtype), y.shape)
+
+
+class Momentum(LinearSDE):
+    """dX = V dt, dV = sigma dW: a state (x, v) of 2 ``dim`` numbers whose velocity is Brownian motion.
+
+    Arguments:
+        dim: the number of positions, a positive integer; the state is positions, then velocities.
+        sigma: scalar or shape (dim,).
+
+    Raises:
+        ValueError: if ``dim`` is not a positive integer or ``sigma`` does not broadcast to (dim,).
+
+    Example:
+        >>> import sdeflow as sf
+        >>> phi, c, q = sf.equations.Momentum(1, 1.0).transition(0.0, 2.0)
+        >>> [round(float(x), 4) for x in (phi[0, 1], q[0, 0], q[0, 1], q[1, 1])]
+        [2.0, 2.6667, 2.0, 2.0]
+    """
+
+    def __init__(self, dim: int, sigma: Any = 1.0):
+        size = _per_dimension(dim, sigma)
+        zero, eye = jnp.zeros((dim, dim), size.dtype), jnp.eye(dim, dtype=size.dtype)
+        A = jnp.block([[zero, eye], [zero, zero]])
+        super().__init__(A, jnp.zeros(2 * dim, size.dtype), jnp.concatenate([zero, jnp.diag(size)]))

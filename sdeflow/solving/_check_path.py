@@ -7,6 +7,7 @@ import numpy as np
 
 from .._compat import is_concrete
 from ..grids import Grid
+from ..paths._grid_brownian import LEVY_AREAS
 from ._choose import levy_area_for
 
 
@@ -25,7 +26,7 @@ def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | 
         raise TypeError(f"path must be a diffrax path such as sf.paths.GridBrownian(...), got {type(path).__name__}.")
     kind = type(path).__name__
     area, needed = getattr(path, "levy_area", None), levy_area_for(solver)
-    if area is not None and not issubclass(area, needed):
+    if area in LEVY_AREAS and LEVY_AREAS.index(area) < LEVY_AREAS.index(needed):
         raise ValueError(
             f"{type(solver).__name__} needs levy_area=diffrax.{needed.__name__}, but the {kind} has "
             f"{area.__name__}: build the path with that levy_area."

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optimistix as optx
 
 from .._compat import use_stepsize_tol
-from ..equations import AbstractEquation
+from ..equations import AbstractEquation, UnderdampedLangevin
 
 TABLE_LIMIT = 4096
 
@@ -24,6 +24,8 @@ def choose_solver(equation: AbstractEquation, fixed: bool) -> tuple[diffrax.Abst
     """
     if not equation.is_stochastic:
         return diffrax.Tsit5(), "order 5, the usual choice for ordinary equations"
+    if isinstance(equation, UnderdampedLangevin):
+        return diffrax.ALIGN(0.1), "strong order 2 for underdamped Langevin dynamics"
     if equation.additive:
         return diffrax.ShARK(), "strong order 1.5 for additive noise"
     if equation.interpretation == "ito":

@@ -145,7 +145,7 @@ class Loop:
     def drain(self, most: int = 0) -> None:
         """Read the losses that are ready, and wait until at most ``most`` are not."""
         ahead = self._ahead
-        while ahead and (len(ahead) > most or ahead[0].report["loss"].is_ready()):
+        while ahead and (len(ahead) > most or _is_ready(ahead[0].report)):
             first = ahead.popleft()
             report = jax.device_get(first.report)
             loss = float(report["loss"])
@@ -226,6 +226,10 @@ class Loop:
         names = pairs[0][0][1]
         metrics = {n: math.fsum(w * float(found[n]) for (_, found), w in pairs) / total for n in names}
         return math.fsum(w * float(value) for (value, _), w in pairs) / total, metrics
+
+
+def _is_ready(report: dict[str, Any]) -> bool:
+    return report["loss"].is_ready()
 
 
 def _batches(data: Any, size: int, key: PRNGKeyArray) -> Iterator[PyTree]:

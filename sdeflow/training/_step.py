@@ -119,11 +119,17 @@ def _all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 
 def _choose(okay: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    """``new`` or ``old``, in the dtypes of ``old``: a changed dtype would compile the step anew."""
+    """``new`` or ``old``, in the floating dtypes of ``old``: a changed dtype would compile the step anew."""
 
     def pick(n: Array, o: Array) -> Array:
         n = jnp.asarray(n)
-        return jax.lax.select(okay, n if n.dtype == o.dtype else n.astype(o.dtype), o)
+        if n.dtype != o.dtype:
+            if not (jnp.issubdtype(n.dtype, jnp.inexact) and jnp.issubdtype(o.dtype, jnp.inexact)):
+                raise TypeError(
+                    f"The optimiser's state began as {o.dtype} and became {n.dtype}; give it one dtype."
+                )
+            n = n.astype(o.dtype)
+        return jax.lax.select(okay, n, o)
 
     return jtu.tree_map(pick, new, old)
 

@@ -1,0 +1,3 @@
+"""One step: solvers of our own, used like diffrax's, which are used as they are."""
+
+from ._diagonal_milstein import DiagonalMilstein as DiagonalMilstein
