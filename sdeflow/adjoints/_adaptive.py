@@ -21,6 +21,11 @@ import jax.tree_util as jtu
 
 from .._compat import is_save_state, lax_while_loop
 from ..walking import prepare_solver
+from ._within_diffrax import CHUNK, Steps, walk_steps
+
+
+# What diffrax hands to an adjoint but its own loop does not take.
+_NOT_FOR_LOOP = ("init_state", "throw", "passed_solver_state", "passed_controller_state")
 
 
 def is_save(x: Any) -> bool:
@@ -115,10 +120,28 @@ def _freeze(tree: Any) -> Any:
     return jtu.tree_map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
 
 
+def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """The adaptive loop, its accepted steps then walked in chunks, so that derivatives of every order exist."""
+    state, jumps = kwargs["init_state"], may_jump(kwargs["stepsize_controller"])
+    loop = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
+    run = _freeze(eqx.filter_closure_convert(lambda s: run_recording(adjoint, s, length, loop), _freeze(state)))
+    final, record = run(_freeze(state))
+    count = final.num_accepted_steps
+    row = jnp.arange(-(-length // CHUNK) * CHUNK)
+    live, last = row < count, jnp.maximum(jnp.minimum(count, length) - 1, 0)
+    source = jnp.where(live & (row < length), row, last)
+    left, right, jump = (x[source] for x in (record.tprev, record.tnext, record.jump))
+    steps = Steps(left, right, live & (row < length), jump if jumps else None, count, length, False)
+    walked = walk_steps(adjoint, kwargs, steps)
+    keep = lambda s: (s.y, s.solver_state, s.save_state)
+    final = eqx.tree_at(keep, final, keep(walked), is_leaf=lambda x: x is None)
+    return final, {"record_overflow": count > length}
+
+
 def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """What ``adjoint.loop`` returns to ``diffeqsolve`` for adaptive steps, with the recorded reverse rule."""
-    state, throw = kwargs.pop("init_state"), kwargs.pop("throw")
-    kwargs.pop("passed_solver_state"), kwargs.pop("passed_controller_state")
+    state, throw = kwargs["init_state"], kwargs["throw"]
+    kwargs = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
     solver, terms, args, controller = (kwargs[k] for k in ("solver", "terms", "args", "stepsize_controller"))
     subs, replayed = subs_of(kwargs["saveat"]), prepare_solver(solver)
     jumps = may_jump(controller)

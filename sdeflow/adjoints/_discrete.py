@@ -8,7 +8,7 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from ..walking import Carry, Rows, prepare_solver, walk
-from ._adaptive import adaptive_loop, can_record
+from ._adaptive import adaptive_loop, can_record, replaying_loop
 from ._base import AbstractWalkAdjoint
 
 
@@ -75,5 +75,6 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``: by walking, or for adaptive steps by the recorded reverse rule."""
         if can_record(kwargs):
-            return adaptive_loop(self, self.record, **kwargs)
+            rule = replaying_loop if self.higher_order else adaptive_loop
+            return rule(self, self.record, **kwargs)
         return super().loop(**kwargs)

@@ -10,7 +10,7 @@ With a bare ``dt0`` it is known only at run time: then the walk goes in chunks o
 chunks that are not needed.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -47,9 +47,8 @@ def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
     """What ``adjoint.loop`` returns to ``diffeqsolve``: the final state and auxiliary statistics."""
     if not _can_walk(kwargs):
         return diffrax.RecursiveCheckpointAdjoint().loop(**kwargs)
-    solver, args, saveat = kwargs["solver"], kwargs["args"], kwargs["saveat"]
     state, controller, t0, t1 = kwargs["init_state"], kwargs["stepsize_controller"], kwargs["t0"], kwargs["t1"]
-    terms, direction = unwrap(kwargs["terms"])
+    terms, _ = unwrap(kwargs["terms"])
     paths = [p for p in RowNoise.of(terms).paths if isinstance(p, GridBrownian)]
 
     bound = kwargs["max_steps"]
@@ -73,6 +72,37 @@ def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
         last = jnp.maximum(jnp.minimum(count, bound) - 1, 0)
         left, right = jnp.where(live, times[:-1], times[last]), jnp.where(live, times[1:], times[last + 1])
 
+    steps = Steps(left, right, live, None, count, bound, static)
+    return walk_steps(adjoint, kwargs, steps), {}
+
+
+class Steps(NamedTuple):
+    """The steps of a walk on diffrax's (increasing) time axis.
+
+    Fields:
+        left, right: the ends of all rows.
+        live: which rows are steps; None if all are.
+        jump: whether the field may jump at ``left``; None if it never does.
+        count: how many steps there are to take.
+        bound: how many of them may be taken; with more to take the walk ends early and says so.
+        static: whether all rows are laid out at once; else they are walked in chunks, and dead chunks are skipped.
+    """
+
+    left: Any
+    right: Any
+    live: Any
+    jump: Any
+    count: Any
+    bound: int
+    static: bool
+
+
+def walk_steps(adjoint: Any, kwargs: dict[str, Any], steps: Steps) -> Any:
+    """Walk these steps, and return diffrax's final state."""
+    solver, args, saveat, state = kwargs["solver"], kwargs["args"], kwargs["saveat"], kwargs["init_state"]
+    t0, t1 = kwargs["t0"], kwargs["t1"]
+    terms, direction = unwrap(kwargs["terms"])
+    left, right, count, bound = steps.left, steps.right, steps.count, steps.bound
     subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_save)
     wants_dense, wants_steps = any(s.ts is not None for s in subs), any(s.steps for s in subs)
 
@@ -82,7 +112,7 @@ def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
     every = 1 if wants_dense or wants_steps else None
     ends = (left * direction, right * direction)
     start = state.solver_state if kwargs["passed_solver_state"] else None
-    final, emitted = _walk(adjoint, solver, terms, args, state.y, ends, live, start, static, every, emit)
+    final, emitted = _walk(adjoint, solver, terms, args, state.y, ends, steps, start, every, emit)
 
     steps_taken = jnp.minimum(count, bound)
     result = diffrax.RESULTS.successful if final.result is None else demote(final.result)
@@ -103,7 +133,7 @@ def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
     save_state = jtu.tree_map(fill, saveat.subs, state.save_state, is_leaf=_is_save)
     where = lambda s: (s.y, s.tprev, s.solver_state, s.result, s.num_steps, s.num_accepted_steps, s.save_state)
     new = (final.y, reached, final.solver_state, result, steps_taken, steps_taken, save_state)
-    return eqx.tree_at(where, state, new, is_leaf=lambda x: x is None), {}
+    return eqx.tree_at(where, state, new, is_leaf=lambda x: x is None)
 
 
 def _walk(
@@ -113,27 +143,23 @@ def _walk(
     args: Any,
     y0: Any,
     ends: tuple[Any, Any],
-    live: Any,
+    steps: Steps,
     solver_state: Any,
-    static: bool,
     every: int | None,
     emit: Any,
 ) -> tuple[Carry, Any]:
     left, right = ends
-    if static and solver_state is None:
-        rows = make_rows(terms, left, right, live, own_grid=False)
-        return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit)
-
-    prepared = prepare_solver(solver)
-    bare = make_rows((), left[:1], right[:1], own_grid=False)
-    carry = first_carry(prepared, terms, args, y0, bare, fallible=True)
-    if solver_state is not None:
-        carry = Carry(carry.y, solver_state, carry.result)
-    if static:
-        rows = make_rows(terms, left, right, live, own_grid=False)
+    carry = None
+    if solver_state is not None or not steps.static:
+        bare = make_rows((), left[:1], right[:1], own_grid=False)
+        carry = first_carry(prepare_solver(solver), terms, args, y0, bare, fallible=True)
+        if solver_state is not None:
+            carry = Carry(carry.y, solver_state, carry.result)
+    if steps.static:
+        rows = make_rows(terms, left, right, steps.live, steps.jump, own_grid=False)
         return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)
 
-    chunked = jtu.tree_map(lambda x: x.reshape(-1, CHUNK), (left, right, live))
+    chunked = jtu.tree_map(lambda x: x.reshape(-1, CHUNK), (left, right, steps.live, steps.jump))
 
     def chunk(carry: Carry, xs: Any) -> tuple[Carry, Any]:
         def go(carry: Carry) -> tuple[Carry, Any]:

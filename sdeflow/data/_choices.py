@@ -63,7 +63,7 @@ def drop(
     for rng, start, stop in zip(generators(key, DROP, ids), offsets[:-1], offsets[1:]):
         rows = thinned[start:stop]
         observed = ~np.isnan(rows)
-        units = observed if per == "channel" else observed.any(axis=1, keepdims=True)
+        units = observed if per == "channel" else np.asarray(observed.any(axis=1, keepdims=True))
         rows[np.broadcast_to(_dropped(units, fraction, rng), rows.shape)] = np.nan
     return thinned
 

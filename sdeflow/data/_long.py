@@ -49,7 +49,7 @@ def split_long(
 
 
 def _column(frame: Any, name: str) -> Any:
-    columns = list(getattr(frame, "columns", None) if hasattr(frame, "columns") else frame)
+    columns = list(getattr(frame, "columns", frame))
     if name not in columns:
         raise ValueError(f"The table has no column {name!r}; it has {columns}.")
     return frame[name]

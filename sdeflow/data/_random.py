@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -28,7 +29,7 @@ def key_words(key: Any) -> list[int]:
     advice = "pass one key made by jax.random.key(0)"
     if not isinstance(key, jax.Array | np.ndarray):
         raise TypeError(f"key must be a JAX key, got {type(key).__name__} {key!r}: {advice}.")
-    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed and key.dtype != np.uint32:
         raise TypeError(f"key must be a JAX key, got an array of {key.dtype}: {advice}.")
     if key.ndim != (0 if typed else 1):

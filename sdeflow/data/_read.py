@@ -65,7 +65,7 @@ def as_numbers(array: Any, where: str) -> np.ndarray:
         TypeError: for text, complex numbers, dates and other objects, naming the column.
     """
     if isinstance(array, np.ma.MaskedArray):
-        array = array.astype(np.float64).filled(np.nan)
+        array = np.ma.filled(array.astype(np.float64), np.nan)
     array = np.asarray(array)
     if array.dtype.name in ("float16", "bfloat16"):
         warnings.warn(

@@ -4,10 +4,10 @@ Pairs of channels follow an Ornstein-Uhlenbeck process that also rotates, at a r
 
     dX = (-theta I + omega_k J) X dt + sqrt(2 theta) dW,    J = [[0, -1], [1, 0]]
 
-Rotation leaves the stationary law alone: in every class each value is standard normal and channels observed
-at one time are independent. Means, variances and all other statistics of single times say nothing about the
-class; how the channels follow each other does. The transition is exact, ``X(t + h) = e^{-theta h} R(omega_k
-h) X(t) + noise`` with noise of variance ``1 - e^{-2 theta h}``, so no step size enters.
+Rotation leaves the stationary law alone: in every class each value is standard normal, and channels observed
+at one time are independent. Only how the channels follow each other tells the classes apart; averages over a
+series hint at the speed of the rotation but never at its direction. No step size enters, as the transition is
+exact: ``X(t + h) = e^{-theta h} R(omega_k h) X(t) + noise``, with noise of variance ``1 - e^{-2 theta h}``.
 """
 
 import numpy as np
@@ -73,8 +73,8 @@ def simulated_series(
     labels = np.concatenate([rng.permutation(np.arange(n) % num_classes) for n in (num_series, num_test)])
     sizes = rng.integers(lengths[0], lengths[1], size=total, endpoint=True)
     times = [np.cumsum(0.05 + rng.exponential(0.45, size=size)) for size in sizes]
-    values = [_path(t, rates[label], num_channels, rng) for t, label in zip(times, labels)]
-    both = TimeSeries.from_arrays(times, values, labels=labels, align="start")
+    values = [_path(t, float(rates[label]), num_channels, rng) for t, label in zip(times, labels)]
+    both = TimeSeries.from_arrays(times, values, labels=labels.tolist(), align="start")
     if missing:
         both = both.drop_observations(missing, key=key)
     return both[:num_series], both[num_series:]
@@ -93,4 +93,4 @@ def _path(t: np.ndarray, rate: float, num_channels: int, rng: np.random.Generato
     for i in range(gaps.size):
         path.append(move[i] * path[-1] + spread[i] * noise[i + 1])
     z = np.stack(path)
-    return np.stack([z.real, z.imag], axis=-1).reshape(t.size, 2 * pairs)[:, :num_channels]
+    return np.stack([np.real(z), np.imag(z)], axis=-1).reshape(t.size, 2 * pairs)[:, :num_channels]

@@ -1,4 +1,4 @@
-"""Checks that every model makes of its sizes."""
+"""Checks that every model makes of its options."""
 
 from typing import Any
 
@@ -12,3 +12,16 @@ def check_size(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
     return value.__index__()
+
+
+def check_mode(mode: Any) -> str:
+    """One of the two parameterisations.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if mode not in ("pure", "benchmark"):
+        raise ValueError(
+            f'mode must be "pure" (what the theorems are about) or "benchmark" (the published experiments), got {mode!r}.'
+        )
+    return mode

@@ -169,7 +169,7 @@ def _named_arrays(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _to_host(leaf: Any) -> tuple[np.ndarray, str | None]:

@@ -11,7 +11,10 @@ import types
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from .._compat import is_concrete
 
 Description = list[tuple[str, str]]
 
@@ -54,8 +57,9 @@ def _walk(x: Any, path: str, out: Description, above: tuple, code: bool, values:
         return
     if isinstance(x, _PLAIN):
         # Some schedules of optax turn their whole numbers into floats on first use.
-        whole = values and isinstance(x, float) and x.is_integer()
-        out.append((path, repr(int(x) if whole else x)))
+        if values and isinstance(x, float) and x.is_integer():
+            x = int(x)
+        out.append((path, repr(x)))
         return
     below = functools.partial(_walk, out=out, above=(*above, x), code=code)
     if isinstance(x, type):
@@ -135,9 +139,9 @@ def _code_digest(code: types.CodeType) -> str:
 
 
 def _array_text(x: Any) -> str:
-    if isinstance(x, jax.core.Tracer):
+    if not is_concrete(x):
         return f"traced {x.dtype}{list(x.shape)}"
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     data = np.asarray(x)
     digest = hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:12]

@@ -21,7 +21,7 @@ from ._interrupts import Interrupts
 from ._loop import Loop, Plan
 from ._progress import make_progress
 from ._result import Event, FitResult
-from ._saving import is_gone, resume, save
+from ._saving import is_torn, resume, save
 from ._step import start
 from ._sum import name_of
 
@@ -121,8 +121,8 @@ def fit(
         raise ValueError(
             "fit was given patience= or validate_every= without validation=; give validation data."
         )
-    if not all(callable(callback) for callback in callbacks):
-        raise TypeError(f"fit was given callbacks={callbacks!r}; each must be a callable of one `Event`.")
+    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"fit was given callbacks={callbacks!r}; give a list of callables of one `Event`.")
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         check_writable(path)
@@ -155,7 +155,7 @@ def fit(
             loop.train()
         except KeyboardInterrupt:
             loop.drain()
-            if is_gone(loop):
+            if is_torn(loop):
                 raise
             interrupted = True
         except Exception:
@@ -164,7 +164,7 @@ def fit(
                 save(loop)
             raise
         save(loop)
-    return _finish(loop, interrupted or interrupts.pending)
+    return _finish(loop, interrupted)
 
 
 def _finish(loop: Loop, interrupted: bool) -> FitResult:
@@ -178,7 +178,7 @@ def _finish(loop: Loop, interrupted: bool) -> FitResult:
         warnings.warn(
             f"The loss or its gradient was not finite at {where}. {message_of(result)}", SdeflowWarning, 3
         )
-    elif interrupted and loop.step < plan.steps:
+    elif interrupted:
         result, message = RESULTS.interrupted, f"interrupted after {done}."
     else:
         result = RESULTS.successful
@@ -270,7 +270,7 @@ def _check_model(model: PyTree) -> None:
 
 def _check_key(key: Any) -> None:
     dtype = getattr(key, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         if key.ndim:
             raise TypeError(f"fit was given {key.shape} PRNG keys; give one, such as `jax.random.key(0)`.")
     elif dtype != jnp.uint32 or key.ndim != 1:

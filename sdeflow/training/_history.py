@@ -16,6 +16,11 @@ class History:
         for name, column in (columns or {}).items():
             self._columns[name] = np.asarray(column).tolist()
 
+    @property
+    def num_steps(self) -> int:
+        """How many steps are recorded."""
+        return len(self._columns["step"])
+
     def add_step(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
         """Record one step.
 

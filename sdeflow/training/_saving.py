@@ -29,7 +29,7 @@ _AFRESH = "To start afresh, delete the file and its .prev, or give another `chec
 def save(loop: "Loop") -> None:
     """Write the state to the checkpoint; a failure to write is a warning, and training goes on."""
     path = loop.plan.checkpoint
-    if path is None or loop.saved == loop.mark() or is_gone(loop):
+    if path is None or loop.saved == loop.mark() or is_torn(loop):
         return
     model = eqx.combine(loop.state.params, loop.fixed.static)
     tree = {
@@ -96,8 +96,8 @@ def resume(loop: "Loop") -> None:
         loop.best_value, loop.best_step = meta["best_value"], meta["best_step"]
     params, static = eqx.partition(fresh(model), eqx.is_inexact_array)
     opt_state, opt_static = eqx.partition(fresh(optimiser), eqx.is_array)
-    counters = [jnp.asarray(x, jnp.int32) for x in (meta["step"], arrays["['streak']"])]
-    loop.state = TrainState(params, opt_state, *counters, jnp.zeros((), bool))
+    step, streak = (jnp.asarray(x, jnp.int32) for x in (meta["step"], arrays["['streak']"]))
+    loop.state = TrainState(params, opt_state, step, streak, jnp.zeros((), bool))
     loop.fixed = dataclasses.replace(loop.fixed, static=static, opt_static=opt_static)
     start = "['history']["
     loop.history = History(
@@ -111,7 +111,7 @@ def resume(loop: "Loop") -> None:
 
 def _run(plan: "Plan", fixed: Fixed) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
-    typed = jax.dtypes.issubdtype(plan.key.dtype, jax.dtypes.prng_key)
+    typed = jnp.issubdtype(plan.key.dtype, jax.dtypes.prng_key)
     return {
         "batch_size": plan.batch_size,
         "validate_every": plan.validate_every,
@@ -137,10 +137,11 @@ def _compare(saved: dict[str, Any], now: dict[str, Any], written: dict[str, str]
         )
 
 
-def is_gone(loop: "Loop") -> bool:
-    """Whether a step was cut off within, so that its inputs are given up and its outputs never came."""
-    gone = any(x.is_deleted() for x in jtu.tree_leaves(loop.state) if isinstance(x, jax.Array))
-    return gone or int(loop.state.step) != loop.step
+def is_torn(loop: "Loop") -> bool:
+    """Whether something was cut off within a step, so that the parts of the state do not belong together."""
+    if any(x.is_deleted() for x in jtu.tree_leaves(loop.state) if isinstance(x, jax.Array)):
+        return True
+    return int(loop.state.step) != loop.step or loop.history.num_steps < loop.step
 
 
 def _fingerprint(data: Any) -> str | None:

@@ -139,7 +139,7 @@ class Sum(AbstractLoss):
         """Call the model once and add the weighted terms up."""
         safe = without_filler(batch)
         regularisers = tuple(term for term, _ in self.terms if _is_regulariser(term))
-        prediction = None
+        prediction: Any = None
         if regularisers or any(isinstance(term, AbstractPredictionLoss) for term, _ in self.terms):
             prediction = _predict(model, safe, key, regularisers)
         total, metrics = 0.0, {}
@@ -233,8 +233,8 @@ class _Product(eqx.Module):
     factors: tuple[Any, Any]
 
     def __call__(self, step: Any) -> Any:
-        one, two = (factor(step) if callable(factor) else factor for factor in self.factors)
-        return one * two
+        values: list[Any] = [f(step) if callable(f) else f for f in self.factors]
+        return values[0] * values[1]
 
 
 def _product(one: Weight, two: Weight) -> Weight:
@@ -262,7 +262,7 @@ def _predict(model: Any, batch: PyTree, key: PRNGKeyArray, regularisers: tuple) 
             f"The model {type(model).__name__} is not callable; losses on predictions call "
             "`model(batch, key=key, regularisers=())`."
         )
-    prediction = model(batch, key=key, regularisers=regularisers)
+    prediction: Any = model(batch, key=key, regularisers=regularisers)
     if not hasattr(prediction, "outputs"):
         raise TypeError(
             f"The model {type(model).__name__} returned {_kind(prediction)}; return a `Prediction`."

@@ -1,5 +1,6 @@
 """Networks that are drifts and diffusions: Lipschitz in the state, bounded where the theory asks for it."""
 
+from ._controlled import ControlledDrift as ControlledDrift
 from ._mlp import MLP as MLP, lipswish as lipswish
 from ._noise import NoiseScale as NoiseScale
-from ._controlled import ControlledDrift as ControlledDrift
+from ._time import bounded_time as bounded_time, circular_time as circular_time

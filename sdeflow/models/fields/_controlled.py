@@ -1,16 +1,18 @@
 """gamma(zeta(z, X)): a drift in which a learned mixture of state and control takes the place of the state."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import check_size
+from .._checks import check_mode, check_size
 from ._mlp import MLP, lipswish
-from ._noise import check_mode
+from ._time import bounded_time, circular_time
+
+_RATE = 20.0
 
 
 def _identity(x: Array) -> Array:
@@ -18,27 +20,31 @@ def _identity(x: Array) -> Array:
 
 
 class ControlledDrift(eqx.Module):
-    r"""gamma(zeta([tau,] z, x)) with zeta affine and gamma a network; x is the control's value, tau features of t.
+    r"""rate gamma(zeta([tau(t),] z, x)) with zeta affine and gamma a network; x is the value of the control.
 
-        "pure":      gamma = MLP(lipswish)            , Lipschitz in z and x, linear growth
-        "benchmark": gamma = tanh(MLP(relu)(relu(.))) , as in the published experiments, bounded by 1
+        "pure":      gamma = MLP(lipswish),           tau = t / (1 + |t|)
+        "benchmark": gamma = tanh(MLP(relu)(relu)),   tau = (sin t, cos t)
+
+    The first is Lipschitz in z and x and grows at most linearly. The second, that of the published experiments, is
+    bounded by 1 and has one more affine map in front of zeta.
 
     Arguments:
         state_size: H, the length of z and of the output.
         control_size: C, the length of x; 0 for no control.
-        time_size: how many features of time zeta sees; 0 for a drift that does not depend on t.
+        sees_time: whether zeta is given the time.
         width, depth: hidden layers of gamma; in the benchmark mode the output of zeta counts as the first.
         mode: "pure" or "benchmark".
+        rate: a constant factor, which sets the unit of time; by default 20, and 1 in the benchmark mode.
         key: a JAX random key for the initial weights.
 
     Raises:
-        ValueError: if a size is not an integer in its range, or for another mode.
+        ValueError: for a size out of range, another mode, or a rate that is not positive.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from sdeflow.models.fields import ControlledDrift
         >>> drift = ControlledDrift(4, control_size=2, key=jax.random.key(0))
-        >>> drift(jnp.zeros(4), jnp.ones(2)).shape
+        >>> drift(jnp.zeros(4), jnp.ones(2), 0.5).shape
         (4,)
     """
 
@@ -48,41 +54,45 @@ class ControlledDrift(eqx.Module):
     gamma: MLP
     first: Callable
     final: Callable
+    time: Callable | None
+    rate: float = eqx.field(static=True)
 
     def __init__(
         self,
         state_size: int,
         *,
         control_size: int = 0,
-        time_size: int = 0,
+        sees_time: bool = False,
         width: int = 64,
         depth: int = 2,
         mode: Literal["pure", "benchmark"] = "pure",
+        rate: float | None = None,
         key: PRNGKeyArray,
     ):
-        size, channels = check_size("state_size", state_size), check_size("control_size", control_size, least=0)
-        check_size("time_size", time_size, least=0)
-        check_size("depth", depth)
-        check_mode(mode)
-        published = mode == "benchmark"
+        size, channels = (
+            check_size("state_size", state_size),
+            check_size("control_size", control_size, least=0),
+        )
+        depth, published = check_size("depth", depth), check_mode(mode) == "benchmark"
+        rate = (1.0 if published else _RATE) if rate is None else float(rate)
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"rate must be positive and finite, got {rate}.")
         embed, lift, zeta, gamma = jax.random.split(key, 4)
-        lifted = published or time_size > 0
         self.embed = eqx.nn.Linear(channels, size, key=embed) if channels else None
-        self.lift = eqx.nn.Linear(size + time_size, size, key=lift) if lifted else None
+        self.time = (circular_time if published else bounded_time) if sees_time else None
+        extra = 0 if self.time is None else self.time(0.0).size
+        self.lift = eqx.nn.Linear(extra + size, size, key=lift) if published or sees_time else None
         self.zeta = eqx.nn.Linear(2 * size if channels else size, size, key=zeta)
-        layers = depth - 1 if published else depth
-        activation = jax.nn.relu if published else lipswish
+        layers, activation = (depth - 1, jax.nn.relu) if published else (depth, lipswish)
         self.gamma = MLP(size, size, width=width, depth=layers, activation=activation, key=gamma)
         self.first, self.final = (jax.nn.relu, jnp.tanh) if published else (_identity, _identity)
+        self.rate = rate
 
     def __call__(
-        self,
-        z: Float[Array, " H"],
-        x: Float[Array, " C"] | None = None,
-        time: Float[Array, " time_size"] | None = None,
+        self, z: Float[Array, " H"], x: Float[Array, " C"] | None = None, t: Any = None
     ) -> Float[Array, " H"]:
-        """The drift at state ``z`` under the control's value ``x``."""
-        a = z if time is None else jnp.concatenate([time, z])
+        """The drift at state ``z`` under the control's value ``x``; ``t`` is read only if the drift sees the time."""
+        a = z if self.time is None else jnp.concatenate([self.time(t), z])
         a = a if self.lift is None else self.lift(a)
         mixed = a if self.embed is None else jnp.concatenate([a, self.embed(x)])
-        return self.final(self.gamma(self.first(self.zeta(mixed))))
+        return self.rate * self.final(self.gamma(self.first(self.zeta(mixed))))

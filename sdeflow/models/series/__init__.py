@@ -1,0 +1,3 @@
+"""Models of time series: an encoder, an equation driven by the observations, a readout."""
+
+from ._model import SeriesModel as SeriesModel
