@@ -59,7 +59,7 @@ $(VENV)/.stamp-demo: $(SETUP)
 
 $(VENV)/.stamp-test: $(SETUP)
 	@echo "installing sdeflow and what the tests need"
-	@$(PIP) -e ".[test,single-cell,ot]"
+	@$(PIP) -e ".[test]"
 	@$(PIP) --no-deps "aeon>=1.6"
 	$(STAMP)
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks                      everything
     python -m benchmarks sde_throughput       one part; several names are allowed
+    python -m benchmarks 2 12c                claims by their numbers
     python -m benchmarks --quick              three short pairs, fewer peers: a look, not figures to quote
     python -m benchmarks --json report.json   also write every figure
 
@@ -33,6 +34,12 @@ PARTS = {
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",
 }
+#: the claims that can be asked for by number, and their parts
+NUMBERS = {
+    **dict.fromkeys("12345", "sde_throughput"),
+    "11": "saving",
+    **dict.fromkeys(("12a", "12b", "12c"), "compile_time"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,8 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         description="Measure sdeflow beside hand-written code and its peers.",
         epilog="parts: " + "; ".join(f"{name} ({what})" for name, what in PARTS.items()),
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="parts to run; all when none is named")
-    parser.add_argument("--pairs", type=int, default=None, help="pairs per row (default 7, quick 3)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="parts or numbers to run; all when none is named"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=None, help="least number of pairs per row (default 7, quick 3)"
+    )
     parser.add_argument("--quick", action="store_true", help="short blocks, three pairs, fewer peers")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--no-torch", action="store_true", help="leave the PyTorch peers out")
@@ -51,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         "--device", default=None, help="JAX platform to run on: cpu, gpu, ... (default: JAX's own)"
     )
     options = parser.parse_args(argv)
-    unknown = [name for name in options.names if name not in PARTS]
+    unknown = [name for name in options.names if name not in PARTS and name not in NUMBERS]
     if unknown:
-        parser.error(f"no part is named {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        known = ", ".join((*PARTS, *NUMBERS))
+        parser.error(f"no part is named {', '.join(unknown)}; there are {known}")
     if options.pairs is not None and options.pairs < 1:
         parser.error(f"--pairs must be at least 1, got {options.pairs}")
     # both are read when jax starts, here and in the fresh processes of compile_time
@@ -70,17 +82,26 @@ def _report(options: argparse.Namespace) -> int:
 
     pairs = options.pairs or (3 if options.quick else 7)
     how = harness.Options(
-        pairs=pairs, block=0.005 if options.quick else 0.02, quick=options.quick, torch=not options.no_torch
+        pairs=pairs,
+        block=0.005 if options.quick else 0.02,
+        span=0.2 if options.quick else 2.0,
+        quick=options.quick,
+        torch=not options.no_torch,
+        only=_only(options.names),
     )
     environment = _environment()
     print("sdeflow scoreboard: paired ratios, median [min-max]; lower is better")
     for name, value in environment.items():
         print(f"  {name}: {value}")
-    print(f"  pairs per row: {pairs}, timed blocks of about {1e3 * how.block:g} ms or more\n", flush=True)
+    print(
+        f"  pairs per row: {pairs} or more, timed blocks of about {1e3 * how.block:g} ms or more\n",
+        flush=True,
+    )
     names = options.names or [n for n in PARTS if n != "batch_sweep" or jax.default_backend() != "cpu"]
+    parts = dict.fromkeys(NUMBERS.get(name, name) for name in names)
     claims = []
     start = time.perf_counter()
-    for name in names:
+    for name in parts:
         for claim in importlib.import_module(f"benchmarks.{name}").run(how):
             claims.append(claim)
             print(harness.table(claim) + "\n", flush=True)
@@ -90,6 +111,13 @@ def _report(options: argparse.Namespace) -> int:
         report = {"environment": environment, "pairs": pairs, "claims": [claim.as_dict() for claim in claims]}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def _only(names: list[str]) -> frozenset[str]:
+    # a part named in full is measured in full, whatever numbers are named beside it
+    if not NUMBERS.keys() & set(names):
+        return frozenset()
+    return frozenset(number for number, part in NUMBERS.items() if number in names or part in names)
 
 
 def _environment() -> dict[str, Any]:

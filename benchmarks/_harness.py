@@ -20,12 +20,21 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a run measures: ``pairs`` per row, seconds in a timed ``block``, and what is left out."""
+    """How a run measures: the least number of pairs per row, seconds in a timed block, what is left out.
+
+    Rows whose pairs are short take more of them, up to five times as many, to fill ``span`` seconds.
+    """
 
     pairs: int = 7
     block: float = 0.02
+    span: float = 2.0
     quick: bool = False
     torch: bool = True
+    only: frozenset[str] = frozenset()
+
+    def wants(self, number: str) -> bool:
+        """Whether the claim of this number is to be measured: all are unless some were named."""
+        return not self.only or number in self.only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +168,10 @@ def _timed(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
     return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
 
 
+def _go_on(done: int, seconds: float, options: Options) -> bool:
+    return done < options.pairs or (done < 5 * options.pairs and seconds < options.span)
+
+
 def compare(reference: Method, method: Method, options: Options) -> tuple[Spread, Spread, float]:
     """Time ``method`` against ``reference`` in pairs.
 
@@ -168,7 +181,9 @@ def compare(reference: Method, method: Method, options: Options) -> tuple[Spread
     sides = (reference, method)
     repeats = [_repeats(side.call, options.block) for side in sides]
     walls, cpus, times = [], [], []
-    for pair in range(options.pairs):
+    start = time.perf_counter()
+    while _go_on(len(walls), time.perf_counter() - start, options):
+        pair = len(walls)
         order = (0, 1) if pair % 2 == 0 else (1, 0)
         took: dict[int, tuple[float, float]] = {}
         for side in order:

@@ -24,7 +24,7 @@ from . import _peers as peers
 from . import _problems as problems
 from ._harness import Claim, Options
 
-SIZE = problems.SIZES["medium"]
+SIZE = problems.SIZES["mid"]
 SOLVERS = {"Euler": diffrax.Euler, "Heun": diffrax.Heun}
 
 

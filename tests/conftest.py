@@ -28,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_go_with_their_file() -> Iterator[None]:
+    """Drop compiled programs after each file: each costs memory and maps, of which a process has few."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """64-bit numbers for one test, and what was there before when it ends."""

@@ -1,7 +1,7 @@
 """The laws of the house that a reader would otherwise have to check by eye."""
 
 import ast
-import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -23,6 +23,7 @@ SOURCES = MODULES + sorted(
 )
 # Where the private parts of other packages may be used.
 _COMPAT = ROOT / "sdeflow" / "_compat.py"
+_PROPERTIES = (property, functools.cached_property)
 
 
 def _name(path: Path) -> str:
@@ -67,14 +68,17 @@ PUBLIC = _public_objects()
 
 
 def _public_methods(cls: type) -> dict[str, Any]:
-    """What a class itself defines under a public name, fields aside."""
-    fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    names = [name for name in vars(cls) if not name.startswith("_") and name not in fields]
-    values = {name: inspect.getattr_static(cls, name) for name in names}
+    """What a class adds under a public name; what it overrides of a foreign class is described there."""
+    foreign = [base for base in cls.__mro__ if not base.__module__.startswith("sdeflow")]
+    values = {
+        name: inspect.getattr_static(cls, name)
+        for name in vars(cls)
+        if not name.startswith("_") and not any(hasattr(base, name) for base in foreign)
+    }
     return {
         name: value
         for name, value in values.items()
-        if callable(getattr(cls, name)) or isinstance(value, property)
+        if isinstance(value, _PROPERTIES) or inspect.isroutine(getattr(cls, name))
     }
 
 
@@ -89,6 +93,25 @@ def _unannotated(call: Any) -> list[str]:
 
 def test_there_are_public_names():
     assert {"sdeflow.equations.SDE", "sdeflow.solving.solve", "sdeflow.grids.Grid"} <= set(PUBLIC)
+
+
+def test_every_name_that_a_module_lists_is_there():
+    missing = [
+        f"{module.__name__}.{name}"
+        for module in _public_modules()
+        for name in dir(module)
+        if not name.startswith("_") and not _has(module, name)
+    ]
+    assert missing == []
+
+
+def _has(module: Any, name: str) -> bool:
+    # Not `hasattr`: a room that is imported on first use may fail with another error than AttributeError.
+    try:
+        getattr(module, name)
+    except (AttributeError, ImportError):
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -111,12 +134,35 @@ def test_the_arguments_of_a_public_name_are_annotated(name):
         bare = {
             method: _unannotated(getattr(thing, method))
             for method, value in _public_methods(thing).items()
-            if not isinstance(value, property)
+            if not isinstance(value, _PROPERTIES)
         }
         bare["__init__"] = _unannotated(thing.__init__) if "__init__" in vars(thing) else []
     else:
         bare = {"call": _unannotated(thing)}
     assert {method: names for method, names in bare.items() if names} == {}
+
+
+def _described(thing: Any) -> list[str]:
+    """The names under the heading ``Arguments:`` of a docstring."""
+    section = re.search(
+        r"^Arguments:\n((?: +.*\n|\n)+)", inspect.cleandoc(thing.__doc__ or "") + "\n", re.MULTILINE
+    )
+    lines = re.findall(r"^    ([\w*, ]+):", section.group(1), re.MULTILINE) if section else []
+    return [name.strip(" *") for line in lines for name in line.split(",")]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_arguments_that_are_described_exist(name):
+    thing = PUBLIC[name]
+    calls = {"": thing} | (_public_methods(thing) if inspect.isclass(thing) else {})
+    unknown = {}
+    for method, call in calls.items():
+        call = getattr(call, "__func__", call)
+        if described := _described(call):
+            # A class may describe its properties beside its fields.
+            known = {*inspect.signature(call).parameters, *(vars(call) if call is thing else ())}
+            unknown[method] = set(described) - known
+    assert {method: names for method, names in unknown.items() if names} == {}
 
 
 # ---- Files. ----

@@ -1,0 +1,1 @@
+"""What many tests share: problems with closed forms, batteries over solvers, order estimators, statistics."""
