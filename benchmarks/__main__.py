@@ -49,18 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         description="Measure sdeflow beside hand-written code and its peers.",
         epilog="parts: " + "; ".join(f"{name} ({what})" for name, what in PARTS.items()),
     )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="parts or numbers to run; all when none is named"
-    )
-    parser.add_argument(
-        "--pairs", type=int, default=None, help="least number of pairs per row (default 7, quick 3)"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="parts or numbers to run; all when none is named")
+    parser.add_argument("--pairs", type=int, default=None, help="least number of pairs per row (default 7, quick 3)")
     parser.add_argument("--quick", action="store_true", help="short blocks, three pairs, fewer peers")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--no-torch", action="store_true", help="leave the PyTorch peers out")
-    parser.add_argument(
-        "--device", default=None, help="JAX platform to run on: cpu, gpu, ... (default: JAX's own)"
-    )
+    parser.add_argument("--device", default=None, help="JAX platform to run on: cpu, gpu, ... (default: JAX's own)")
     options = parser.parse_args(argv)
     unknown = [name for name in options.names if name not in PARTS and name not in NUMBERS]
     if unknown:

@@ -6,8 +6,10 @@ and largest. Other load on the machine then hits both sides alike. Wall time and
 several threads spinning they can tell different stories.
 """
 
+import collections
 import dataclasses
 import math
+import re
 import statistics
 import sys
 import time
@@ -63,8 +65,8 @@ class Spread:
 class Method:
     """Something to time: ``call`` runs it once and returns when the result is there.
 
-    ``trace_s`` and ``compile_s`` are what it cost to get ready, ``temp_mb`` the temporary memory of the
-    compiled program in megabytes; None where they do not apply.
+    ``trace_s`` and ``compile_s`` are what it cost to get ready, ``temp_mb`` the temporary memory of the compiled
+    program in megabytes, ``loop_ops`` what its loops execute per trip; None or empty where they do not apply.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Method:
     trace_s: float | None = None
     compile_s: float | None = None
     temp_mb: float | None = None
+    loop_ops: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Row:
     trace_s: float | None = None
     compile_s: float | None = None
     temp_mb: float | None = None
+    loop_ops: str = ""
     note: str = ""
     target: float | None = None
     judged: tuple[str, ...] = ("wall", "cpu")
@@ -105,7 +109,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One numbered claim: title, problem, what its ratios are relative to, rows."""
+    """One numbered claim: title, problem, what its ratios are relative to, rows.
+
+    ``floor`` is the reference timed against itself: how far from 1 a ratio of equal programs came out.
+    """
 
     number: str
     title: str
@@ -113,6 +120,7 @@ class Claim:
     relative_to: str
     rows: list[Row]
     remarks: list[str] = dataclasses.field(default_factory=list)
+    floor: Row | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries for a JSON file, verdicts included."""
@@ -141,9 +149,41 @@ def compiled(name: str, fn: Callable, args: Sequence[Any], note: str = "") -> Me
         trace_s=traced - start,
         compile_s=done - traced,
         temp_mb=None if memory is None else memory.temp_size_in_bytes / 1e6,
+        loop_ops=loop_ops(program.as_text() or ""),
     )
     method.call()
     return method
+
+
+_FREE = {"tuple", "get-tuple-element", "parameter", "constant", "bitcast", "after-all"}
+
+
+def loop_ops(program: str) -> str:
+    """How many instructions that do work the body of each loop of an optimised program holds, the longest first.
+
+    Unlike a time it does not depend on the load of the machine. Loops inside the random number generator count too.
+
+    Arguments:
+        program: the text of the compiled program.
+
+    Example:
+        >>> import jax
+        >>> once = lambda y, _: (2 * y, None)
+        >>> loop_ops(jax.jit(lambda y: jax.lax.scan(once, y, None, 5)).lower(1.0).compile().as_text())
+        '2'
+    """
+    counts: dict[str, int] = {}
+    name = None
+    for line in program.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        work = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = .*? ([a-z][\w\-]*)\(", line)
+        if head:
+            name = head.group(1)
+        elif work and name and work.group(1) not in _FREE:
+            counts[name] = counts.get(name, 0) + 1
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", program))
+    sizes = collections.Counter(counts.get(body, 0) for body in bodies)
+    return "+".join(f"{size}" if n == 1 else f"{n}x{size}" for size, n in sorted(sizes.items(), reverse=True))
 
 
 def _repeats(call: Callable[[], Any], block: float) -> int:
@@ -197,9 +237,7 @@ def compare(reference: Method, method: Method, options: Options) -> tuple[Spread
 def row(reference: Method, method: Method, options: Options, target: float | None = None) -> Row:
     """The line of ``method`` beside ``reference``."""
     wall, cpu, ms = compare(reference, method, options)
-    return Row(
-        method.name, wall, cpu, ms, method.trace_s, method.compile_s, method.temp_mb, method.note, target
-    )
+    return Row(method.name, wall, cpu, ms, method.trace_s, method.compile_s, method.temp_mb, method.note, target)
 
 
 def attempt(name: str, make: Callable[[], Row], target: float | None = None) -> Row:
@@ -225,7 +263,9 @@ def _short(x: float) -> str:
     return f"{x:.2f}" if abs(x) >= 0.1 else f"{x:.3f}"
 
 
-_COLUMNS = ("method", "wall", "cpu", "ms", "trace s", "compile s", "temp MB", "target", "verdict", "note")
+_COLUMNS = (
+    "method", "wall", "cpu", "ms", "trace s", "compile s", "temp MB", "loop ops", "target", "verdict", "note"
+)  # fmt: skip
 
 
 def table(claim: Claim) -> str:
@@ -235,11 +275,9 @@ def table(claim: Claim) -> str:
         cells = [r.method]
         cells += ["" if s is None else f"{s}" for s in (r.wall, r.cpu)]
         cells += ["" if x is None else _short(x) for x in (r.ms, r.trace_s, r.compile_s, r.temp_mb)]
-        cells += ["" if r.target is None else f"<= {r.target:g}", r.verdict, r.note]
+        cells += [r.loop_ops, "" if r.target is None else f"<= {r.target:g}", r.verdict, r.note]
         lines.append(cells)
-    used = [
-        i for i, name in enumerate(_COLUMNS) if name in ("method", "note") or any(cells[i] for cells in lines)
-    ]
+    used = [i for i, name in enumerate(_COLUMNS) if name in ("method", "note") or any(cells[i] for cells in lines)]
     widths = {i: max(len(_COLUMNS[i]), *(len(cells[i]) for cells in lines)) for i in used}
     rows = [
         "  ".join(cells[i].ljust(widths[i]) for i in used).rstrip()
@@ -254,7 +292,7 @@ def table(claim: Claim) -> str:
 
 
 def summary(claims: Sequence[Claim]) -> str:
-    """One line per target: claim, medians, bound, verdict."""
+    """One line per target: claim, medians, bound, verdict, and the noise floor they are to be read against."""
     lines = []
     for claim in claims:
         for r in claim.rows:
@@ -266,10 +304,10 @@ def summary(claims: Sequence[Claim]) -> str:
                 )
                 what = f"[{claim.number}] {claim.title}"
                 what += "" if r.method == "sdeflow" else f": {r.method}"
-                lines.append((what, medians or "not measured", f"<= {r.target:g}", r.verdict))
+                floor = claim.floor
+                noise = "" if floor is None else f"limit / itself: wall {floor.wall}, cpu {floor.cpu}"
+                lines.append((what, medians or "not measured", f"<= {r.target:g}", r.verdict, noise))
     if not lines:
         return "no targets were measured"
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

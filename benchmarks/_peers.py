@@ -49,9 +49,7 @@ def sdeflow_increments(size: Size, y0: jax.Array, key: jax.Array) -> jax.Array:
     return jax.vmap(path.evaluate)(jnp.asarray(path.grid.left), jnp.asarray(path.grid.right))
 
 
-def diffrax_default(
-    size: Size, params: dict, y0: jax.Array, key: jax.Array, *, save: bool = False
-) -> jax.Array:
+def diffrax_default(size: Size, params: dict, y0: jax.Array, key: jax.Array, *, save: bool = False) -> jax.Array:
     """The way diffrax comes, every default kept: ``VirtualBrownianTree``, recursive checkpointing."""
     path = diffrax.VirtualBrownianTree(
         0.0, 1.0, tol=size.step_size / 2, shape=jax.ShapeDtypeStruct(y0.shape, y0.dtype), key=key
@@ -59,9 +57,7 @@ def diffrax_default(
     return _diffeqsolve(size, _terms(path), params, y0, save)
 
 
-def diffrax_our_path(
-    size: Size, params: dict, y0: jax.Array, key: jax.Array, *, save: bool = False
-) -> jax.Array:
+def diffrax_our_path(size: Size, params: dict, y0: jax.Array, key: jax.Array, *, save: bool = False) -> jax.Array:
     """The loop and the adjoint of diffrax; only the Brownian path is ours."""
     return _diffeqsolve(size, _terms(grid_path(size, y0, key)), params, y0, save)
 
@@ -76,9 +72,7 @@ def _terms(path: diffrax.AbstractBrownianPath) -> diffrax.MultiTerm:
 
 def _diffeqsolve(size: Size, terms: diffrax.MultiTerm, params: dict, y0: jax.Array, save: bool) -> jax.Array:
     saveat = diffrax.SaveAt(ts=times(size, True).astype(np.float32)) if save else diffrax.SaveAt(t1=True)
-    sol = diffrax.diffeqsolve(
-        terms, diffrax.Euler(), 0.0, 1.0, size.step_size, y0, args=params, saveat=saveat
-    )
+    sol = diffrax.diffeqsolve(terms, diffrax.Euler(), 0.0, 1.0, size.step_size, y0, args=params, saveat=saveat)
     return sol.ys if save else sol.ys[-1]
 
 

@@ -73,9 +73,7 @@ def _row(reference: Method, name: str, make: Callable[[], Callable], options: Op
     return Row(name, wall, results[1][1], ms, note=note)
 
 
-def _peers(
-    size: Size, options: Options, gradient: bool, save: bool
-) -> Iterator[tuple[str, Callable[[], Callable]]]:
+def _peers(size: Size, options: Options, gradient: bool, save: bool) -> Iterator[tuple[str, Callable[[], Callable]]]:
     yield "torch loop", lambda: _loop_call(size, gradient, save, compile_step=False)
     if options.quick:
         return

@@ -24,9 +24,7 @@ def run(options: Options) -> list[Claim]:
 
 def _sweep(options: Options, gradient: bool) -> Claim:
     accelerator = jax.default_backend() != "cpu"
-    powers = (
-        range(0, 18, 3 if options.quick else 1) if accelerator else range(0, 11, 5 if options.quick else 2)
-    )
+    powers = range(0, 18, 3 if options.quick else 1) if accelerator else range(0, 11, 5 if options.quick else 2)
     medium = problems.SIZES["medium"]
     rows = []
     for power in powers:

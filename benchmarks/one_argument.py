@@ -36,9 +36,7 @@ def training_step(solver: diffrax.AbstractSolver, make_path: Callable, **changed
         return lineax.DiagonalLinearOperator(problems.diffusion(t, y, args))
 
     def loss(params: dict, y0: jax.Array, key: jax.Array) -> jax.Array:
-        terms = diffrax.MultiTerm(
-            diffrax.ODETerm(problems.drift), diffrax.ControlTerm(diffusion, make_path(y0, key))
-        )
+        terms = diffrax.MultiTerm(diffrax.ODETerm(problems.drift), diffrax.ControlTerm(diffusion, make_path(y0, key)))
         sol = diffrax.diffeqsolve(terms, solver, 0.0, 1.0, SIZE.step_size, y0, args=params, **changed)
         return problems.loss(sol.ys[-1])
 
@@ -89,9 +87,7 @@ def measure(name: str, solver: diffrax.AbstractSolver, options: Options) -> Clai
         "one argument changed, same Brownian path: " + _differences(before.call(), after.call()),
         "path changed too, against diffrax's adjoint on that path: " + _differences(check, both.call()),
     ]
-    setting = (
-        f"n={SIZE.steps} B={SIZE.batch} D={SIZE.dim} W={SIZE.width} float32, {name}; gradient and Adam update"
-    )
+    setting = f"n={SIZE.steps} B={SIZE.batch} D={SIZE.dim} W={SIZE.width} float32, {name}; gradient and Adam update"
     return Claim(
         "one argument",
         f"a diffrax training step, {name}",
@@ -105,7 +101,5 @@ def measure(name: str, solver: diffrax.AbstractSolver, options: Options) -> Clai
 def _differences(a: tuple, b: tuple) -> str:
     loss = abs(float(a[2] - b[2])) / abs(float(a[2]))
     pairs = list(zip(jax.tree.leaves(a[3]), jax.tree.leaves(b[3]), strict=True))
-    worst = max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs) / max(
-        float(jnp.max(jnp.abs(x))) for x, _ in pairs
-    )
+    worst = max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs) / max(float(jnp.max(jnp.abs(x))) for x, _ in pairs)
     return f"loss differs by {loss:.1e} of its value, gradients by {worst:.1e} of the largest entry"

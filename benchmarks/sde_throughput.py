@@ -64,9 +64,7 @@ def measure(target: Target, options: Options) -> Claim:
         )
     ]
     rows.append(
-        harness.row(
-            limit, dataclasses.replace(limit, note="the limit against itself: the noise floor"), options
-        )
+        harness.row(limit, dataclasses.replace(limit, note="the limit against itself: the noise floor"), options)
     )
     if other is not None:
         rows.append(harness.row(limit, other, options))
@@ -75,9 +73,7 @@ def measure(target: Target, options: Options) -> Claim:
         ("diffrax on sdeflow's path", peers.diffrax_our_path, "its loop and adjoint"),
     ):
         rows.append(
-            harness.attempt(
-                name, lambda n=name, i=implementation, w=note: harness.row(limit, build(n, i, w), options)
-            )
+            harness.attempt(name, lambda n=name, i=implementation, w=note: harness.row(limit, build(n, i, w), options))
         )
     rows += torch_peers.rows(limit, size, options, gradient=target.gradient, save=target.save)
     what = "value and gradient" if target.gradient else "forward"
@@ -89,6 +85,7 @@ def measure(target: Target, options: Options) -> Claim:
         f"{limit.name}, {_milliseconds(rows[1])}",
         rows,
         _agreement(size, options),
+        floor=rows[1],
     )
 
 
@@ -126,7 +123,4 @@ def _agreement(size: Size, options: Options) -> list[str]:
         out.append(f"{name} {np.max(np.abs(ours - hand)):.1e}")
     if options.torch and torch_peers.installed():
         out.append(f"torch loop {torch_peers.agreement(size, np.asarray(increments), hand):.1e}")
-    return [
-        "on the same increments, the largest difference in the last state from the hand scan: "
-        + ", ".join(out)
-    ]
+    return ["on the same increments, the largest difference in the last state from the hand scan: " + ", ".join(out)]

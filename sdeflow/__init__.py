@@ -1,26 +1,41 @@
 """Differentiable SDE and ODE solving for scientific machine learning.
 
-Every model is a differential equation; `solve` plans a grid of steps and walks it with a diffrax solver. Everything else
-builds an equation, plans the grid, decides how the walk is differentiated, or reads what the walk saw.
+Every model is a differential equation; `solve` plans a grid of steps and walks it with a diffrax solver. Everything
+else builds an equation, plans the grid, decides how the walk is differentiated, or reads what the walk saw.
 
 The rooms around the core (data, training, models, plotting) are imported when they are first used.
 """
 
 import importlib as _importlib
-from typing import TYPE_CHECKING, Any as _Any
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 import jax as _jax
 
-from . import adjoints as adjoints, equations as equations, grids as grids, paths as paths, solvers as solvers
-from ._compat import SdeflowWarning as SdeflowWarning, warn_if_bad_jax as _warn_if_bad_jax
-from ._results import RESULTS as RESULTS, SolveError as SolveError, check as check, is_okay as is_okay
-from .equations import ODE as ODE, SDE as SDE
-from .solving import Solution as Solution, solve as solve
+from . import adjoints as adjoints
+from . import equations as equations
+from . import grids as grids
+from . import paths as paths
+from . import solvers as solvers
+from ._compat import SdeflowWarning as SdeflowWarning
+from ._compat import warn_if_bad_jax as _warn_if_bad_jax
+from ._results import RESULTS as RESULTS
+from ._results import SolveError as SolveError
+from ._results import check as check
+from ._results import is_okay as is_okay
+from .equations import ODE as ODE
+from .equations import SDE as SDE
+from .solving import Solution as Solution
+from .solving import solve as solve
 
 if TYPE_CHECKING:
-    from . import data as data, models as models, plotting as plotting, training as training
+    from . import data as data
+    from . import models as models
+    from . import plotting as plotting
+    from . import training as training
     from .data import TimeSeries as TimeSeries
-    from .training import fit as fit, losses as losses
+    from .training import fit as fit
+    from .training import losses as losses
 
 __version__ = "0.1.0"
 

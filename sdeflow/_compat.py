@@ -10,12 +10,12 @@ from typing import Any
 
 import diffrax
 import equinox.internal as eqxi
-import jax
 import jax.tree_util as jtu
 import numpy as np
 from diffrax._integrate import SaveState as SaveState
 from diffrax._root_finder import use_stepsize_tol as use_stepsize_tol
 from diffrax._term import WrapTerm as WrapTerm
+from jax.core import Tracer
 
 _BAD_JAX = {
     "0.10.2": "it computes a jitted, vmapped matrix-vector product followed by a reduction wrongly on CPU",
@@ -63,7 +63,7 @@ def unwrap(terms: Any) -> tuple[Any, Any]:
 
 def is_concrete(*arrays: Any) -> bool:
     """Whether every array has a value that can be read now, on the host."""
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+    return not any(isinstance(x, Tracer) for x in arrays)
 
 
 def enumeration_of(item: Any) -> type:

@@ -33,7 +33,7 @@ with warnings.catch_warnings():
             "Use `DiscreteAdjoint(record=...)` with a larger number."
         )
         sinkhorn_not_converged = (
-            "Sinkhorn's iterations did not reach the requested marginal error. Raise epsilon or the number of iterations."
+            "Sinkhorn's iterations did not reach the requested marginal error. Raise epsilon or allow more iterations."
         )
         nonfinite_loss = (
             "The training loss was infinite or NaN. Lower the learning rate or clip gradients; "
@@ -59,7 +59,7 @@ def promote(result: Any) -> Any:
 
 
 def demote(result: Any) -> Any:
-    """Carry a member of our ``RESULTS`` back to ``diffrax.RESULTS``; what diffrax does not know is its internal error."""
+    """Carry a member of our ``RESULTS`` back to diffrax's; what diffrax does not know is its internal error."""
     known = names(diffrax.RESULTS)
     out = diffrax.RESULTS.internal_error
     for name in known:
@@ -101,4 +101,3 @@ def check(sol: _T) -> _T:
     """
     result = promote(sol.result)  # pyright: ignore[reportAttributeAccessIssue]
     return result.error_if(sol, ~is_okay(result))
-

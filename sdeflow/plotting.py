@@ -49,9 +49,7 @@ def trajectories(
     paths = [_path(y, i) for i, y in enumerate(ys)]
     times = _times(ts, paths)
     if labels is not None and len(labels) != len(paths):
-        raise ValueError(
-            f"There are {len(paths)} paths but {len(labels)} labels; give one label for each path."
-        )
+        raise ValueError(f"There are {len(paths)} paths but {len(labels)} labels; give one label for each path.")
     pair = component if isinstance(component, tuple) else (component,)
     for i, y in enumerate(paths):
         bad = [c for c in pair if not -y.shape[1] <= c < y.shape[1]]

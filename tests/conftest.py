@@ -23,9 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let a torn cache entry be what it is: a miss."""
     # jax writes an entry in place, so a worker may read what another is still writing, or a killed one left.
     # It then compiles as if nothing had been there, and says so in a warning.
-    config.addinivalue_line(
-        "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning"
-    )
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)

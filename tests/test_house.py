@@ -44,9 +44,7 @@ def _public_modules() -> list[Any]:
         module = pending.pop()
         found.append(module)
         names = [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))]
-        pending += [
-            importlib.import_module(f"{module.__name__}.{name}") for name in names if not name.startswith("_")
-        ]
+        pending += [importlib.import_module(f"{module.__name__}.{name}") for name in names if not name.startswith("_")]
     return found
 
 
@@ -58,9 +56,7 @@ def _public_objects() -> dict[str, Any]:
             ours = str(getattr(value, "__module__", "")).split(".")[0] == "sdeflow"
             if not name.startswith("_") and ours and callable(value):
                 full = f"{module.__name__}.{name}"
-                found[id(value)] = max(
-                    found.get(id(value), ("", None)), (full, value), key=lambda x: len(x[0])
-                )
+                found[id(value)] = max(found.get(id(value), ("", None)), (full, value), key=lambda x: len(x[0]))
     return dict(sorted(found.values(), key=lambda x: x[0]))
 
 
@@ -84,11 +80,7 @@ def _public_methods(cls: type) -> dict[str, Any]:
 
 def _unannotated(call: Any) -> list[str]:
     parameters = inspect.signature(call).parameters.values()
-    return [
-        p.name
-        for p in parameters
-        if p.annotation is inspect.Parameter.empty and p.name not in ("self", "cls")
-    ]
+    return [p.name for p in parameters if p.annotation is inspect.Parameter.empty and p.name not in ("self", "cls")]
 
 
 def test_there_are_public_names():
@@ -144,9 +136,7 @@ def test_the_arguments_of_a_public_name_are_annotated(name):
 
 def _described(thing: Any) -> list[str]:
     """The names under the heading ``Arguments:`` of a docstring."""
-    section = re.search(
-        r"^Arguments:\n((?: +.*\n|\n)+)", inspect.cleandoc(thing.__doc__ or "") + "\n", re.MULTILINE
-    )
+    section = re.search(r"^Arguments:\n((?: +.*\n|\n)+)", inspect.cleandoc(thing.__doc__ or "") + "\n", re.MULTILINE)
     lines = re.findall(r"^    ([\w*, ]+):", section.group(1), re.MULTILINE) if section else []
     return [name.strip(" *") for line in lines for name in line.split(",")]
 
@@ -235,9 +225,7 @@ def test_the_citation_is_complete_and_agrees_with_pyproject():
     lines = (ROOT / "CITATION.cff").read_text().splitlines()
     top = dict(line.split(":", 1) for line in lines if re.match(r"[a-z][\w-]*:", line))
     value = {key: text.strip().strip('"') for key, text in top.items()}
-    assert {"cff-version", "message", "title", "type", "authors", "version", "license", "abstract"} <= set(
-        value
-    )
+    assert {"cff-version", "message", "title", "type", "authors", "version", "license", "abstract"} <= set(value)
     assert value["cff-version"] == "1.2.0"
     assert value["title"].split(":")[0] == PROJECT["name"]
     assert value["version"] == PROJECT["version"]

@@ -23,7 +23,6 @@ from .._compat import is_save_state, lax_while_loop
 from ..walking import prepare_solver
 from ._within_diffrax import CHUNK, Steps, walk_steps
 
-
 # What diffrax hands to an adjoint but its own loop does not take.
 _NOT_FOR_LOOP = ("init_state", "throw", "passed_solver_state", "passed_controller_state")
 
@@ -81,8 +80,10 @@ def _snapshot(state: Any) -> Record:
     return jtu.tree_map(jnp.asarray, now)
 
 
-def run_recording(adjoint: diffrax.AbstractAdjoint, state: Any, length: int, kwargs: dict[str, Any]) -> tuple[Any, Record]:
-    """diffrax's loop with a record of the accepted steps. Where nobody reads the record, XLA removes it."""
+def run_recording(
+    adjoint: diffrax.AbstractAdjoint, state: Any, length: int, kwargs: dict[str, Any]
+) -> tuple[Any, Record]:
+    """Diffrax's loop with a record of the accepted steps. Where nobody reads the record, XLA removes it."""
     records: list[Record] = []
 
     def outer(cond: Callable, body: Callable, init: Any, *, max_steps: Any, buffers: Callable) -> Any:
@@ -114,6 +115,10 @@ def _zeros(tree: Any) -> Any:
 
 def _add(a: Any, b: Any) -> Any:
     return jtu.tree_map(jnp.add, a, b)
+
+
+def _where(keep: Any, tree: Any) -> Any:
+    return jtu.tree_map(lambda x: jnp.where(keep, x, 0), tree)
 
 
 def _freeze(tree: Any) -> Any:
@@ -201,7 +206,7 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
             if sub.t1 and sub.steps != 1:
                 last = at(ct_ys[k], _saves(final)[k].save_index - 1)
                 if sub.steps:
-                    last = jtu.tree_map(lambda x: jnp.where(count % sub.steps == 0, 0, x), last)
+                    last = _where(count % sub.steps != 0, last)
                 a, b = save_vjp(k, final.tprev, final.y, last)
                 ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
 
@@ -244,7 +249,7 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
                 if sub.steps:
                     hit = (i + 1) % sub.steps == 0
                     ct = at(ct_ys[k], starts[k] + (i + 1) // sub.steps - 1)
-                    a, b = save_vjp(k, now.tnext, y1, jtu.tree_map(lambda x: jnp.where(hit, x, 0), ct))
+                    a, b = save_vjp(k, now.tnext, y1, _where(hit, ct))
                     ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
             a, ct_y, ct_state = pull((ct_y, ct_state, ct_dense))
             return i - 1, ct_y, ct_state, _add(ct_step, a), ct_save

@@ -7,7 +7,7 @@ import diffrax
 import equinox as eqx
 from jaxtyping import PyTree
 
-from ..walking import Carry, Rows, prepare_solver, walk
+from ..walking import Carry, Checkpoints, Rows, prepare_solver, walk
 from ._adaptive import adaptive_loop, can_record, replaying_loop
 from ._base import AbstractWalkAdjoint
 
@@ -44,7 +44,7 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
         -0.36788
     """
 
-    checkpoints: str | int | None = eqx.field(default="step", static=True)
+    checkpoints: Checkpoints = eqx.field(default="step", static=True)
     higher_order: bool = eqx.field(default=False, static=True)
     record: int = eqx.field(default=256, static=True)
 

@@ -6,8 +6,8 @@ if time decreases, where diffrax's stochastic Runge-Kutta solvers have the wrong
 was asked to be saved. Brownian paths of any kind are asked for all their increments before the loop.
 
 Where the number of steps is static (``StepTo``, or a ``GridBrownian`` among the terms) all rows are laid out at once.
-With a bare ``dt0`` it is known only at run time: then the walk goes in chunks of rows up to ``max_steps``, and skips the
-chunks that are not needed.
+With a bare ``dt0`` it is known only at run time: then the walk goes in chunks of rows up to ``max_steps``, and skips
+the chunks that are not needed.
 """
 
 from typing import Any, NamedTuple
@@ -149,7 +149,7 @@ def _walk(
     emit: Any,
 ) -> tuple[Carry, Any]:
     left, right = ends
-    carry = None
+    carry: Any = None
     if solver_state is not None or not steps.static:
         bare = make_rows((), left[:1], right[:1], own_grid=False)
         carry = first_carry(prepare_solver(solver), terms, args, y0, bare, fallible=True)

@@ -36,9 +36,7 @@ def split_positions(
         members = np.flatnonzero(labels == label)
         first[members[np.argsort(draws[members], kind="stable")[:number]]] = True
     if first.all() or not first.any():
-        raise ValueError(
-            f"fraction={fraction} leaves one part of the {len(ids)} series empty; choose another."
-        )
+        raise ValueError(f"fraction={fraction} leaves one part of the {len(ids)} series empty; choose another.")
     return np.flatnonzero(first), np.flatnonzero(~first)
 
 

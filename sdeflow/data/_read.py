@@ -51,9 +51,7 @@ def read_ids(ids: Sequence[Hashable] | None, count: int) -> tuple[Hashable, ...]
     seen: set[Hashable] = set()
     for position, name in enumerate(names):
         if name in seen:
-            raise ValueError(
-                f"The id {name!r} occurs twice, the second time at position {position}; make ids unique."
-            )
+            raise ValueError(f"The id {name!r} occurs twice, the second time at position {position}; make ids unique.")
         seen.add(name)
     return names
 
@@ -77,16 +75,10 @@ def as_numbers(array: Any, where: str) -> np.ndarray:
     if array.dtype.kind in "iufb":
         return array.astype(np.float64)
     columns = (
-        array.reshape(array.shape[0], -1)
-        if array.ndim > 1
-        else array[:, None]
-        if array.ndim
-        else array[None, None]
+        array.reshape(array.shape[0], -1) if array.ndim > 1 else array[:, None] if array.ndim else array[None, None]
     )
     if array.dtype != object:
-        raise TypeError(
-            f"{where}: values must be real numbers, got dtype {array.dtype}; encode or drop that column."
-        )
+        raise TypeError(f"{where}: values must be real numbers, got dtype {array.dtype}; encode or drop that column.")
     numeric = np.full(columns.shape, np.nan)
     for column in range(columns.shape[1]):
         for row, x in enumerate(columns[:, column]):
@@ -109,9 +101,7 @@ def flatten(times: Sequence[Any], values: Sequence[Any], ids: Sequence[Hashable]
     """
     times, values = _as_list(times, "times"), _as_list(values, "values")
     if len(times) != len(values):
-        raise ValueError(
-            f"There are {len(times)} series of times but {len(values)} of values; give one of each."
-        )
+        raise ValueError(f"There are {len(times)} series of times but {len(values)} of values; give one of each.")
     if not times:
         raise ValueError("A TimeSeries needs at least one series, got none.")
     names = read_ids(ids, len(times))
@@ -128,9 +118,7 @@ def flatten(times: Sequence[Any], values: Sequence[Any], ids: Sequence[Hashable]
                 f"got {t.shape} and {x.shape}."
             )
         if t.size != x.shape[0]:
-            raise ValueError(
-                f"Series {name!r} has {t.size} times but {x.shape[0]} rows of values; they must match."
-            )
+            raise ValueError(f"Series {name!r} has {t.size} times but {x.shape[0]} rows of values; they must match.")
         if t.size == 0:
             raise ValueError(f"Series {name!r} has no time steps; leave it out.")
         if x.shape[1] == 0 or x.shape[1] != (all_values[0] if all_values else x).shape[1]:
@@ -152,9 +140,7 @@ def flatten(times: Sequence[Any], values: Sequence[Any], ids: Sequence[Hashable]
     result = Flat(flat, np.concatenate(all_values), offsets, dtype, names)
     if bad.any():
         name, row = locate(result, int(np.argmax(bad)))
-        raise ValueError(
-            f"Series {name!r}: times[{row}] is {flat[np.argmax(bad)]}; every row needs a finite time."
-        )
+        raise ValueError(f"Series {name!r}: times[{row}] is {flat[np.argmax(bad)]}; every row needs a finite time.")
     return result if dtype is None else dataclasses.replace(result, times=flat.astype(np.int64))
 
 
@@ -191,13 +177,9 @@ def check_order(flat: Flat, duplicates: str) -> None:
     if bad.any():
         row = int(np.argmax(bad)) + 1
         name, i = locate(flat, row)
-        before, after = (
-            x if flat.dtype is None else x.astype(flat.dtype) for x in flat.times[row - 1 : row + 1]
-        )
+        before, after = (x if flat.dtype is None else x.astype(flat.dtype) for x in flat.times[row - 1 : row + 1])
         advice = 'use duplicates="mean" or duplicates="last"' if before == after else "sort the rows by time"
-        raise ValueError(
-            f"Series {name!r}: times must increase, but times[{i}]={after} follows {before}; {advice}."
-        )
+        raise ValueError(f"Series {name!r}: times must increase, but times[{i}]={after} follows {before}; {advice}.")
 
 
 def merge_duplicates(flat: Flat, how: str) -> Flat:
@@ -265,18 +247,14 @@ def read_labels(
         return None, tuple(classes) if classes is not None else None
     given = [x.item() if isinstance(x, np.generic | np.ndarray) and np.ndim(x) == 0 else x for x in labels]
     if len(given) != len(ids):
-        raise ValueError(
-            f"There are {len(ids)} series but {len(given)} labels; give one label for each series."
-        )
+        raise ValueError(f"There are {len(ids)} series but {len(given)} labels; give one label for each series.")
     for name, label in zip(ids, given):
         if not isinstance(label, Hashable):
             raise TypeError(
                 f"The label of series {name!r} is {label!r}; labels must be hashable, like ints or strings."
             )
         if type(label).__name__ in _MISSING or label != label:
-            raise ValueError(
-                f"The label of series {name!r} is missing ({label!r}); leave the series out or label it."
-            )
+            raise ValueError(f"The label of series {name!r} is missing ({label!r}); leave the series out or label it.")
     if classes is None:
         distinct = dict.fromkeys(given)
         try:
@@ -303,15 +281,11 @@ def read_table(table: Any, what: str, ids: Sequence[Hashable]) -> np.ndarray | N
     array = as_numbers(table, what)
     array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or array.shape[0] != len(ids):
-        raise ValueError(
-            f"{what} must be of shape ({len(ids)}, k), one row for each series, got {array.shape}."
-        )
+        raise ValueError(f"{what} must be of shape ({len(ids)}, k), one row for each series, got {array.shape}.")
     bad = ~np.isfinite(array)
     if bad.any():
         row, column = (int(x) for x in np.argwhere(bad)[0])
-        raise ValueError(
-            f"{what} of series {ids[row]!r}, column {column}, is {array[row, column]}; fill it in first."
-        )
+        raise ValueError(f"{what} of series {ids[row]!r}, column {column}, is {array[row, column]}; fill it in first.")
     return array
 
 

@@ -167,9 +167,7 @@ class TimeSeries:
         return cls._build(times, rows, labels, None, None, None, ids, duplicates, align, like)
 
     @classmethod
-    def _build(
-        cls, times, values, labels, classes, targets, static, ids, duplicates, align, like
-    ) -> "TimeSeries":
+    def _build(cls, times, values, labels, classes, targets, static, ids, duplicates, align, like) -> "TimeSeries":
         if align not in ("global", "start"):
             raise ValueError(f'align must be "global" or "start", got {align!r}.')
         flat = flatten(times, values, ids)
@@ -284,9 +282,7 @@ class TimeSeries:
     def time_shift(self) -> Any:
         """What internal time 0 is in user time: a scalar, or shape (N,) with ``align="start"``."""
         shift = (
-            self._time_map.shift
-            if self._time_map.dtype is None
-            else self._time_map.shift.astype(self._time_map.dtype)
+            self._time_map.shift if self._time_map.dtype is None else self._time_map.shift.astype(self._time_map.dtype)
         )
         return shift if self._time_map.per_series else shift[()]
 
@@ -356,9 +352,7 @@ class TimeSeries:
         values = self._values[keep]
         check_observed(values, offsets, self.ids, f"take a later time than {t}, or leave these series out")
         buckets = choose_buckets(np.diff(offsets), len(self.buckets))
-        return dataclasses.replace(
-            self, _times=self._times[keep], _values=values, _offsets=offsets, buckets=buckets
-        )
+        return dataclasses.replace(self, _times=self._times[keep], _values=values, _offsets=offsets, buckets=buckets)
 
     # Values
 
@@ -418,9 +412,7 @@ class TimeSeries:
             >>> np.isnan(thin.values[0]).sum(axis=0).tolist()
             [7, 7]
         """
-        return dataclasses.replace(
-            self, _values=drop(self._values, self._offsets, self.ids, fraction, key, per)
-        )
+        return dataclasses.replace(self, _values=drop(self._values, self._offsets, self.ids, fraction, key, per))
 
     def split(self, fraction: float, *, key: PRNGKeyArray) -> tuple["TimeSeries", "TimeSeries"]:
         """Two sets: a ``fraction`` of the series, and the rest; of every class the same share, if labelled.
@@ -485,9 +477,7 @@ class TimeSeries:
     @functools.cached_property
     def _device_precision(self) -> tuple[np.ndarray, ...]:
         """Times, values and tables as batches carry them, converted once rather than in every batch."""
-        tables = (
-            None if table is None else table.astype(np.float32) for table in (self.targets, self.static)
-        )
+        tables = (None if table is None else table.astype(np.float32) for table in (self.targets, self.static))
         return self._times.astype(np.float32), self._values.astype(np.float32), *tables  # pyright: ignore
 
     def batch(
@@ -508,9 +498,7 @@ class TimeSeries:
         needed = int(lengths.max(initial=1))
         length = self.buckets[int(self._bucket[positions].max(initial=0))] if length is None else int(length)
         if length < needed:
-            raise ValueError(
-                f"length={length} is shorter than the longest series of the batch, {needed} time steps."
-            )
+            raise ValueError(f"length={length} is shorter than the longest series of the batch, {needed} time steps.")
         times, values, targets, static = self._device_precision
         steps = np.arange(length)
         rows = self._offsets[positions][:, None] + np.minimum(steps, lengths[:, None] - 1)
@@ -550,8 +538,7 @@ class TimeSeries:
             raise ValueError(f"The batch size must be at least 1, got {size}.")
         if size > len(self):
             warnings.warn(
-                f"The batch size {size} is more than the {len(self)} series there are; "
-                f"batches hold {len(self)} rows.",
+                f"The batch size {size} is more than the {len(self)} series there are; batches hold {len(self)} rows.",
                 SdeflowWarning,
                 stacklevel=2,
             )

@@ -58,9 +58,7 @@ def simulated_series(
     """
     num_test = num_series if num_test is None else num_test
     if num_classes < 2 or num_channels < 2:
-        raise ValueError(
-            f"At least two classes and two channels are needed, got {num_classes} and {num_channels}."
-        )
+        raise ValueError(f"At least two classes and two channels are needed, got {num_classes} and {num_channels}.")
     if min(num_series, num_test) < num_classes:
         raise ValueError(
             f"Each part needs one series of each of {num_classes} classes, got {num_series} and {num_test}."

@@ -28,9 +28,7 @@ def as_time_array(times: Any, where: str) -> np.ndarray:
         unit = np.datetime_data(array.dtype)[0]
         return array.astype(f"{array.dtype.kind}8[us]") if unit in (*_COARSE, "generic") else array
     if array.dtype.kind not in "iuf":
-        raise TypeError(
-            f"{where}: times must be numbers, datetime64 or timedelta64, got {array.dtype}; convert them."
-        )
+        raise TypeError(f"{where}: times must be numbers, datetime64 or timedelta64, got {array.dtype}; convert them.")
     # Integers stay integers until the shift: nanoseconds since 1970 do not fit into a float64.
     return array.astype(np.int64 if array.dtype.kind == "i" else np.float64)
 
@@ -87,9 +85,7 @@ class TimeMap:
             raise TypeError(f"like has times of {theirs}, these series of {mine}; convert one of them.")
         if self.per_series != other.per_series:
             raise ValueError("like was read with another align=; pass the same to both.")
-        return dataclasses.replace(
-            self, scale=other.scale, shift=self.shift if self.per_series else other.shift
-        )
+        return dataclasses.replace(self, scale=other.scale, shift=self.shift if self.per_series else other.shift)
 
     def raw(self, t: Any) -> np.ndarray:
         """User times as plain numbers in the unit of the data.
@@ -117,9 +113,7 @@ class TimeMap:
         if not self.per_series:
             return self.shift
         if i is None:
-            raise ValueError(
-                'The data were read with align="start": say which series the times belong to with i=.'
-            )
+            raise ValueError('The data were read with align="start": say which series the times belong to with i=.')
         shift = self.shift[i]
         if shift.shape != shape[: shift.ndim]:
             raise ValueError(f"i has shape {shift.shape}, which must lead the shape of the times, {shape}.")

@@ -59,13 +59,9 @@ def read_ts(path: str | Path, *, like: TimeSeries | None = None) -> TimeSeries:
                         f"{path} holds time stamps, which read_ts does not read; use TimeSeries.from_arrays."
                     )
             else:
-                raise ValueError(
-                    f"{path}, line {number}: expected a header with @ before @data, got {line[:40]!r}."
-                )
+                raise ValueError(f"{path}, line {number}: expected a header with @ before @data, got {line[:40]!r}.")
     if not values:
-        raise ValueError(
-            f"{path} holds no series{'' if in_data else ' and no @data line'}; is it a .ts file?"
-        )
+        raise ValueError(f"{path} holds no series{'' if in_data else ' and no @data line'}; is it a .ts file?")
     labels, targets, classes = _answers(headers, answers, path)
     times = [np.arange(x.shape[0]) for x in values]
     return TimeSeries._build(times, values, labels, classes, targets, None, None, "error", "global", like)
@@ -90,15 +86,12 @@ def japanese_vowels() -> tuple[TimeSeries, TimeSeries]:
     folders = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
     for folder in folders:
         train_file, test_file = (
-            folder / "datasets" / "data" / "JapaneseVowels" / f"JapaneseVowels_{part}.ts"
-            for part in ("TRAIN", "TEST")
+            folder / "datasets" / "data" / "JapaneseVowels" / f"JapaneseVowels_{part}.ts" for part in ("TRAIN", "TEST")
         )
         if train_file.is_file() and test_file.is_file():
             train = read_ts(train_file)
             test = read_ts(test_file, like=train)
-            train = train.with_buckets(
-                (*train.buckets[:-1], int(max(train.lengths.max(), test.lengths.max())))
-            )
+            train = train.with_buckets((*train.buckets[:-1], int(max(train.lengths.max(), test.lengths.max()))))
             return train, test.with_buckets(like=train)
     raise FileNotFoundError(
         "The Japanese Vowels files come with the package aeon, which was not found; "
@@ -130,9 +123,7 @@ def _number(entry: str, where: str) -> float:
     try:
         return float(entry)
     except ValueError:
-        raise ValueError(
-            f"{where}: {entry[:40]!r} is not a number; missing values are written ? or NaN."
-        ) from None
+        raise ValueError(f"{where}: {entry[:40]!r} is not a number; missing values are written ? or NaN.") from None
 
 
 def _answers(headers: dict[str, list[str]], answers: list[str], path: Any) -> tuple[Any, Any, Any]:

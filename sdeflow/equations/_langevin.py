@@ -1,8 +1,8 @@
 """Langevin dynamics in a potential U at temperature T.
 
-    overdamped:     dX = -grad U(X) dt + sqrt(2 T) dW,                         invariant density exp(-U(x)/T)
-    underdamped:    dX = V dt,  dV = -gamma V dt - grad U(X) dt + sqrt(2 gamma T) dW,
-                                                                               invariant exp(-(U(x) + |v|^2/2)/T)
+overdamped:     dX = -grad U(X) dt + sqrt(2 T) dW,                         invariant density exp(-U(x)/T)
+underdamped:    dX = V dt,  dV = -gamma V dt - grad U(X) dt + sqrt(2 gamma T) dW,
+                                                                           invariant exp(-(U(x) + |v|^2/2)/T)
 """
 
 from collections.abc import Callable
@@ -112,7 +112,7 @@ class UnderdampedLangevin(AbstractEquation):
         return lx.FunctionLinearOperator(apply, jax.eval_shape(lambda: v))
 
     def terms(self, path: diffrax.AbstractPath | None = None) -> diffrax.AbstractTerm:
-        """diffrax's underdamped Langevin terms."""
+        """Diffrax's underdamped Langevin terms."""
         if path is None:
             raise ValueError("A stochastic equation needs a path for its terms, e.g. sf.paths.GridBrownian(...).")
         temperature = self.temperature

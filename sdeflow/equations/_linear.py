@@ -200,7 +200,8 @@ class OrnsteinUhlenbeck(LinearSDE):
             (d,) = jnp.broadcast_shapes(*(v.shape for v in vectors), (1,))
         except ValueError as error:
             raise ValueError(
-                f"theta, mean and sigma must broadcast to one dimension, got {theta.shape}, {mean.shape}, {sigma.shape}."
+                "theta, mean and sigma must broadcast to one dimension, got "
+                f"{theta.shape}, {mean.shape} and {sigma.shape}."
             ) from error
         matrix = lambda x: x if x.ndim == 2 else jnp.diag(jnp.broadcast_to(x, (d,)))
         A = -matrix(theta)

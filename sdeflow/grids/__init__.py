@@ -1,4 +1,7 @@
 """Where to step: the grid that a solve walks, and the ways to build one."""
 
-from ._build import stack as stack, subdivide as subdivide, through as through, uniform as uniform
+from ._build import stack as stack
+from ._build import subdivide as subdivide
+from ._build import through as through
+from ._build import uniform as uniform
 from ._grid import Grid as Grid

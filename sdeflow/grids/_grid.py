@@ -36,8 +36,8 @@ def check_resolution(left: np.ndarray, right: np.ndarray, dtype: Any) -> None:
     limit = ULPS * np.spacing(np.asarray(largest, dtype=dtype))
     if shortest < limit:
         raise ValueError(
-            f"The shortest step of the grid is {shortest:.3g}, below {ULPS} units in the last place of the largest time "
-            f"{largest:.6g} in {np.dtype(dtype).name} ({float(limit):.3g}): shift and scale the times to O(1), "
+            f"The shortest step of the grid is {shortest:.3g}, below {ULPS} units in the last place of the largest "
+            f"time {largest:.6g} in {np.dtype(dtype).name} ({float(limit):.3g}): shift and scale the times to O(1), "
             "or switch on 64-bit floats."
         )
 
@@ -88,11 +88,11 @@ class Grid(eqx.Module):
         steps = right[:count] - left[:count]
         if not (np.isfinite(steps).all() and ((steps > 0).all() or (steps < 0).all())):
             bad = int(np.argmax(~(steps * np.sign(steps[0]) > 0)))
-            raise ValueError(f"Steps must be finite and all go one way; step {bad} is from {left[bad]} to {right[bad]}.")
-        if save.ndim != 1 or save.size < 1 or (np.diff(save) < 0).any() or save[0] != 0 or save[-1] != count:
             raise ValueError(
-                f"save must rise from 0 to the number of live steps ({count}), got {save.tolist()[:8]}."
+                f"Steps must be finite and all go one way; step {bad} is from {left[bad]} to {right[bad]}."
             )
+        if save.ndim != 1 or save.size < 1 or (np.diff(save) < 0).any() or save[0] != 0 or save[-1] != count:
+            raise ValueError(f"save must rise from 0 to the number of live steps ({count}), got {save.tolist()[:8]}.")
         check_resolution(left[:count], right[:count], time_dtype())
 
     @property
@@ -118,9 +118,9 @@ class Grid(eqx.Module):
     @property
     def is_concrete(self) -> bool:
         """Whether the grid is a single one whose numbers can be read on the host."""
-        return is_concrete(*(x for x in (self.left, self.right, self.live, self.save, self.jump) if x is not None)) and (
-            np.ndim(self.left) == 1
-        )
+        return is_concrete(
+            *(x for x in (self.left, self.right, self.live, self.save, self.jump) if x is not None)
+        ) and (np.ndim(self.left) == 1)
 
     def pad(self, num_rows: int) -> "Grid":
         """The same grid with padding added up to ``num_rows`` rows.

@@ -22,6 +22,6 @@ def check_mode(mode: Any) -> str:
     """
     if mode not in ("pure", "benchmark"):
         raise ValueError(
-            f'mode must be "pure" (what the theorems are about) or "benchmark" (the published experiments), got {mode!r}.'
+            f'mode must be "pure" (what theorems cover) or "benchmark" (the published experiments), got {mode!r}.'
         )
     return mode

@@ -63,9 +63,7 @@ class AbstractStableSDE(AbstractEquation):
             rate=rate,
             key=gamma,
         )
-        self.sigma = NoiseScale(
-            state_size, width=width, mode=mode, sigma_min=sigma_min, sigma_max=sigma_max, key=sigma
-        )
+        self.sigma = NoiseScale(state_size, width=width, mode=mode, sigma_min=sigma_min, sigma_max=sigma_max, key=sigma)
 
     @abc.abstractmethod
     def drift_from(self, gamma: Float[Array, " H"], z: Float[Array, " H"]) -> Float[Array, " H"]:

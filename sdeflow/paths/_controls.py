@@ -19,9 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from .._compat import is_concrete
 
-_ULPS = (
-    8  # Solvers reach the ends of a path through sums that round; this far beyond an end is still the end.
-)
+_ULPS = 8  # Solvers reach the ends of a path through sums that round; this far beyond an end is still the end.
 _COMPARE_ALL = 256  # Up to this many knots, one comparison with all is better than a search loop in a loop.
 
 
@@ -117,8 +115,7 @@ class LinearControl(diffrax.AbstractPath):
         slack = _slack(times.dtype) * max(abs(low), abs(high))
         if self.extrapolate == "error" and not low - slack <= t <= high + slack:
             raise ValueError(
-                f"t={t:g} lies outside the data, from {low:g} to {high:g}; "
-                'use extrapolate="flat" to hold the ends.'
+                f't={t:g} lies outside the data, from {low:g} to {high:g}; use extrapolate="flat" to hold the ends.'
             )
 
 
@@ -167,8 +164,7 @@ def linear_control(
     times, values = _floating(times), _floating(values)
     if times.ndim != 1 or values.ndim != 2 or times.shape[0] != values.shape[0] or times.shape[0] == 0:
         raise ValueError(
-            f"times must be of shape (L,) and values of shape (L, C) with L >= 1, got {times.shape} and "
-            f"{values.shape}."
+            f"times must be of shape (L,) and values of shape (L, C) with L >= 1, got {times.shape} and {values.shape}."
         )
     if is_concrete(times):
         _check_times(np.asarray(times))
@@ -208,9 +204,7 @@ def _check_times(times: np.ndarray) -> None:
 
 
 @jax.jit
-def _fill(
-    times: Float[Array, " L"], values: Float[Array, "L C"]
-) -> tuple[Float[Array, "L C"], Int[Array, ""]]:
+def _fill(times: Float[Array, " L"], values: Float[Array, "L C"]) -> tuple[Float[Array, "L C"], Int[Array, ""]]:
     """Values with every gap filled, and the index of the last real row.
 
     A running maximum of row numbers finds the observed neighbours of every entry.

@@ -119,7 +119,7 @@ class GridBrownian(diffrax.AbstractBrownianPath):
     grid: Grid
     structure: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
     levy_area: type = eqx.field(static=True)
-    key: PRNGKeyArray | None
+    key: Any
     table: Any
     _drawn: str = eqx.field(static=True)
 
@@ -151,7 +151,7 @@ class GridBrownian(diffrax.AbstractBrownianPath):
 
     @property
     def storage(self) -> str:
-        """"table", "counter" or "tree"; a counter that was coarsened has become a table."""
+        """How the rows are stored; a counter that was coarsened has become a table."""
         return "table" if self._drawn == "counter" and self.table is not None else self._drawn
 
     @property
@@ -217,9 +217,7 @@ class GridBrownian(diffrax.AbstractBrownianPath):
         values = {name: treedef.unflatten([m[i] for m in merged]) for i, name in enumerate(names)}
         hc = jnp.asarray(coarse.right - coarse.left)
         table = self.levy_area(dt=jtu.tree_map(lambda w: hc.astype(w.dtype), values["W"]), **values)
-        return eqx.tree_at(
-            lambda p: (p.grid, p.table, p.key), self, (coarse, table, None), is_leaf=lambda x: x is None
-        )
+        return eqx.tree_at(lambda p: (p.grid, p.table, p.key), self, (coarse, table, None), is_leaf=lambda x: x is None)
 
 
 def _merge(left: Array, right: Array, k: int, fine: Sequence[Array]) -> list[Array]:

@@ -106,6 +106,6 @@ class RowNoise(eqx.Module):
             path, row = next(rows)
             if isinstance(path, GridBrownian) and path.table is None and own_grid:
                 row = path.row(row, right - left)
-            return RowPath(left, right, row, path.levy_area)
+            return RowPath(left=left, right=right, increment=row, levy_area=path.levy_area)  # pyright: ignore[reportCallIssue]
 
         return jtu.tree_map(one, terms, is_leaf=_is_brownian)

@@ -1,8 +1,8 @@
 """The Brownian path of ``diffrax.VirtualBrownianTree``, all rows of a grid at once.
 
-The tree halves intervals: given the increments (W, H, K) over an interval of length h, those over its halves follow from
-as many fresh normals (Foster 2020, theorem 6.1.4; Jelincic et al. 2024, theorem 3.7). Asking it for one row costs two
-descents of log2(1/tol) levels. On a dyadic grid (2^L equal steps) the rows are the leaves, so one pass breadth-first
+The tree halves intervals: given the increments (W, H, K) over an interval of length h, those over its halves follow
+from as many fresh normals (Foster 2020, theorem 6.1.4; Jelincic et al. 2024, theorem 3.7). Asking it for one row costs
+two descents of log2(1/tol) levels. On a dyadic grid (2^L equal steps) the rows are the leaves: one pass breadth-first
 gives all of them, with 2^L normals for each field and no descent. Other grids are asked row by row, in one batch.
 """
 

@@ -58,7 +58,9 @@ class DiagonalMilstein(diffrax.AbstractItoSolver):
         """One step."""
         drift, diffusion = terms.terms
         h, w = terms.contr(t0, t1)
-        g, along = jax.jvp(lambda y: _diagonal(diffusion.vf(t0, y, args), y), (y0,), (self._direction(terms, t0, y0, args),))
+        g, along = jax.jvp(
+            lambda y: _diagonal(diffusion.vf(t0, y, args), y), (y0,), (self._direction(terms, t0, y0, args),)
+        )
         f = drift.vf_prod(t0, y0, args, h)
         new = lambda y, f, g, c, w: y + f + g * w + c * (w**2 - jnp.asarray(h, w.dtype)) / 2
         y1 = jtu.tree_map(new, y0, f, g, along, w)

@@ -31,7 +31,7 @@ def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | 
             f"{type(solver).__name__} needs levy_area=diffrax.{needed.__name__}, but the {kind} has "
             f"{area.__name__}: build the path with that levy_area."
         )
-    ends = (getattr(path, "t0", None), getattr(path, "t1", None))
+    ends: Any = (getattr(path, "t0", None), getattr(path, "t1", None))
     if any(x is None for x in ends) or not is_concrete(ts, *ends) or np.ndim(ends[0]) != 0:
         return
     low, high = sorted((float(ends[0]), float(ends[1])))
@@ -42,7 +42,12 @@ def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | 
             f"The {kind} covers times from {low:g} to {high:g}, but ts runs from {times[0]:g} to {times[-1]:g}: build "
             "it to cover all of ts."
         )
-    if isinstance(path, diffrax.VirtualBrownianTree) and grid is not None and is_concrete(path.tol) and grid.is_concrete:
+    if (
+        isinstance(path, diffrax.VirtualBrownianTree)
+        and grid is not None
+        and is_concrete(path.tol)
+        and grid.is_concrete
+    ):
         shortest = float(np.abs(np.asarray(grid.right) - np.asarray(grid.left)).min())
         if float(path.tol) > shortest / 2 * (1 + 1e-5):
             raise ValueError(

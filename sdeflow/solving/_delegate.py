@@ -3,7 +3,6 @@
 from typing import Any
 
 import diffrax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._results import RESULTS, is_okay, promote
@@ -64,7 +63,7 @@ def delegate(
     cost = evaluations(solver)
     nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
     stats = {"num_steps": accepted, "num_rejected": rejected, "nfe": nfe}
-    result = promote(sol.result)
+    result: Any = promote(sol.result)
     if "record_overflow" in sol.stats:
         spilt = is_okay(result) & sol.stats["record_overflow"]
         result = RESULTS.where(spilt, RESULTS.record_overflow, result)
@@ -73,4 +72,5 @@ def delegate(
 
 def pre_check(y0: Any) -> Any:
     """The result of a start that is not finite, which an adaptive controller would search for a step in vain."""
-    return RESULTS.where(all_finite(y0), RESULTS.successful, RESULTS.nonfinite)
+    okay: Any = RESULTS.successful
+    return RESULTS.where(all_finite(y0), okay, RESULTS.nonfinite)  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,7 @@
 """A step size controller that survives trial steps which are not finite.
 
 diffrax's PID controller turns a trial state of infinity into a NaN error, then a NaN step size, and rejects every step
-from then on. The guard shows it the state before the step and a large finite error instead, so that it shrinks the step.
+from then on. The guard shows it the state before the step and a large finite error instead: the step shrinks.
 Where the field itself is not finite no step length helps: trials that keep failing before the same time end the solve.
 """
 
@@ -49,7 +49,7 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
 
     def wrap(self, direction: Any) -> "GuardedController":
         """Wrap the controller for the direction of time."""
-        return GuardedController(self.controller.wrap(direction))
+        return GuardedController(self.controller.wrap(direction))  # pyright: ignore[reportCallIssue]
 
     def init(
         self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
@@ -59,7 +59,15 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
         return tnext, (inner, jnp.array(0), jnp.asarray(t0))
 
     def adapt_step_size(
-        self, t0: Any, t1: Any, y0: Any, y1_candidate: Any, args: Any, y_error: Any, error_order: Any, controller_state: Any
+        self,
+        t0: Any,
+        t1: Any,
+        y0: Any,
+        y1_candidate: Any,
+        args: Any,
+        y_error: Any,
+        error_order: Any,
+        controller_state: Any,
     ) -> tuple[Any, Any, Any, Any, Any, Any]:
         """What the controller decides, shown a finite trial step."""
         inner, failed, until = controller_state

@@ -39,7 +39,9 @@ def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, p
     Raises:
         ValueError: if more than one is given, or times and grid disagree.
     """
-    given = [name for name, x in (("dt0", dt0), ("grid", grid), ("steps_per_interval", steps_per_interval)) if x is not None]
+    given = [
+        name for name, x in (("dt0", dt0), ("grid", grid), ("steps_per_interval", steps_per_interval)) if x is not None
+    ]
     if len(given) > 1:
         raise ValueError(f"Only one of dt0, grid and steps_per_interval may fix the steps, got {' and '.join(given)}.")
     why = {"dt0": "steps of at most dt0", "steps_per_interval": "equal steps in every interval"}.get(
@@ -97,4 +99,6 @@ def _check_times(ts: Any, grid: Grid) -> None:
     bad = np.abs(ends - wanted) > slack
     if bad.any():
         i = int(np.argmax(bad))
-        raise ValueError(f"The grid reaches {ends[i]:g} where ts[{i}]={wanted[i]:g}: build it with sf.grids.through(ts, ...).")
+        raise ValueError(
+            f"The grid reaches {ends[i]:g} where ts[{i}]={wanted[i]:g}: build it with sf.grids.through(ts, ...)."
+        )

@@ -23,7 +23,7 @@ from ..equations import AbstractEquation
 from ..grids import Grid
 from ..grids._build import host_times
 from ..paths import GridBrownian
-from ..walking import Carry, make_rows
+from ..walking import make_rows
 from ._check_path import check_path
 from ._choose import (
     check_interpretation,
@@ -60,7 +60,7 @@ def solve(
 ) -> Solution:
     """Solve a differential equation through the requested times.
 
-    One path per call; use ``jax.vmap`` for batches (a batched ``y0`` with a batch-wise drift is one path and works too).
+    One path per call; use ``jax.vmap`` for batches (a batched ``y0`` with a batch-wise drift is one path, and works).
     One of ``dt0``, ``grid`` and ``steps_per_interval`` fixes the steps. With none of them, a solver that is given takes
     one step per interval of ``ts``; without a solver an ordinary equation is solved adaptively by Tsit5 with
     ``rtol=1e-3, atol=1e-6``, and a stochastic one is an error that asks for ``dt0``.
@@ -68,7 +68,7 @@ def solve(
     Arguments:
         equation: what moves: an equation of sdeflow, or raw diffrax terms.
         y0: the start, an array or a tree of floating arrays.
-        ts: shape (n,), the requested times, strictly increasing or (in reverse time) decreasing; ``ts[0]`` is the start.
+        ts: shape (n,), the requested times, strictly increasing or (in reverse time) decreasing, from the start on.
             Inside ``jit`` make it with NumPy, or give ``grid`` or ``steps_per_interval``; only then may it be traced,
             and end in repeats of its last time, which are padding.
         args: passed to the drift and the diffusion.
@@ -150,7 +150,9 @@ def solve(
     if adaptive:
         steps = None
         if grid is not None or steps_per_interval is not None:
-            raise ValueError("An adaptive stepsize_controller chooses its own steps: drop grid= or steps_per_interval=.")
+            raise ValueError(
+                "An adaptive stepsize_controller chooses its own steps: drop grid= or steps_per_interval=."
+            )
     else:
         steps = plan(ts, dt0, grid, steps_per_interval, path, dtype)
         choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
@@ -167,7 +169,7 @@ def solve(
     else:
         if not isinstance(adjoint, diffrax.AbstractAdjoint):
             raise TypeError(
-                f"adjoint must be an adjoint such as sf.adjoints.DiscreteAdjoint() or one of diffrax's, got {adjoint!r}."
+                f"adjoint must be one such as sf.adjoints.DiscreteAdjoint() or one of diffrax's, got {adjoint!r}."
             )
         choices.append(("adjoint", f"{_short(adjoint)}, as given"))
 
@@ -234,7 +236,7 @@ def _run(
 def _walk(
     terms: Any, y0: Any, ts: Any, args: Any, steps: Plan, solver: Any, adjoint: Any, save_fn: Any
 ) -> tuple[Any, Any, dict[str, Any], Any]:
-    grid = steps.grid
+    grid: Any = steps.grid
     live = grid.live if steps.masked else None
     rows = make_rows(terms, grid.left, grid.right, live, grid.jump, own_grid=steps.own_grid)
     keep = (lambda t, y: y) if save_fn is None else (lambda t, y: save_fn(t, y, args))
@@ -289,7 +291,9 @@ def _check_ts(ts: Any, traced_ok: bool) -> Any:
         return ts
     ts = jnp.asarray(ts)
     if ts.ndim != 1 or ts.shape[0] < 2:
-        raise ValueError(f"ts must be one-dimensional with at least two times, got shape {ts.shape}; use vmap for batches.")
+        raise ValueError(
+            f"ts must be one-dimensional with at least two times, got shape {ts.shape}; use vmap for batches."
+        )
     return ts
 
 

@@ -106,9 +106,7 @@ def rebuild(
     keys = {name[len(prefix) :]: impl for name, impl in header["keys"].items() if name.startswith(prefix)}
     static = [(name[len(prefix) :], text) for name, text in header["static"] if name.startswith(prefix)]
     if part is not None and not (static or saved):
-        raise CheckpointError(
-            f"The checkpoint {str(path)!r} has no part {part!r}; it was not saved by `fit` with one."
-        )
+        raise CheckpointError(f"The checkpoint {str(path)!r} has no part {part!r}; it was not saved by `fit` with one.")
     wanted = dict(_named_arrays(like))
     problems = _static_differences(static, describe(like), header["versions"])
     problems += [f"{_at(name)} is missing in the file" for name in wanted if name not in saved]
@@ -155,9 +153,7 @@ def _static_differences(saved: Any, now: Any, saved_versions: Mapping[str, str])
     # other.
     if dict(saved_versions) == versions():
         found += [f"{_at(name)} ({before[name]}) is in the file only" for name in before if name not in after]
-        found += [
-            f"{_at(name)} ({after[name]}) is missing in the file" for name in after if name not in before
-        ]
+        found += [f"{_at(name)} ({after[name]}) is missing in the file" for name in after if name not in before]
     elif found:
         changed = {k: v for k, v in saved_versions.items() if versions().get(k) != v}
         found.append("the file was written with " + ", ".join(f"{k} {v}" for k, v in changed.items()))

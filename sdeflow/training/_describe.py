@@ -87,9 +87,7 @@ def _walk(x: Any, path: str, out: Description, above: tuple, code: bool, values:
     else:
         children, aux = _flatten_once(x)
         text = repr(x) if type(x).__repr__ is not object.__repr__ and " at 0x" not in repr(x) else ""
-        out.append(
-            (path, _name(type(x)) if children is not None or not text else f"{_name(type(x))}: {text}")
-        )
+        out.append((path, _name(type(x)) if children is not None or not text else f"{_name(type(x))}: {text}"))
         for key, child in children or ():
             below(child, f"{path}{key}", values=values)
         if children is not None and aux is not None:

@@ -71,8 +71,7 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarra
     version, length = _NUMBERS.unpack_from(data, len(MAGIC))
     if version > VERSION:
         raise CheckpointError(
-            f"{where} has format {version}, but this version of sdeflow reads up to {VERSION}; "
-            "upgrade sdeflow."
+            f"{where} has format {version}, but this version of sdeflow reads up to {VERSION}; upgrade sdeflow."
         )
     header = json.loads(data[_START : _START + length])
     arrays, offset = {}, _START + length
@@ -84,9 +83,7 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarra
         arrays[name] = array.reshape(shape)
         offset += count * kind.itemsize
     if offset + _DIGEST != len(data):
-        raise DamagedError(
-            f"{where} is damaged: it holds {len(data)} bytes, its header speaks of {offset + _DIGEST}."
-        )
+        raise DamagedError(f"{where} is damaged: it holds {len(data)} bytes, its header speaks of {offset + _DIGEST}.")
     return header, arrays
 
 
@@ -104,9 +101,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], bool]:
         except (CheckpointError, OSError):
             raise error from None
         reason = str(error) if isinstance(error, DamagedError) else f"The checkpoint {str(path)!r} is gone."
-        warnings.warn(
-            f"{reason} The one before it, {str(backup)!r}, was loaded.", SdeflowWarning, stacklevel=4
-        )
+        warnings.warn(f"{reason} The one before it, {str(backup)!r}, was loaded.", SdeflowWarning, stacklevel=4)
         return *found, False
 
 
@@ -144,13 +139,9 @@ def write(path: Path, chunks: Iterable[Any], *, keep: bool) -> None:
 def check_writable(path: Path) -> None:
     """Raise the OSError that a write to ``path`` would meet, before hours of work are staked on it."""
     if path.is_dir():
-        raise IsADirectoryError(
-            errno.EISDIR, "checkpoint= is a directory; give the path of a file", str(path)
-        )
+        raise IsADirectoryError(errno.EISDIR, "checkpoint= is a directory; give the path of a file", str(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(
-            errno.ENOENT, "the directory of checkpoint= does not exist; make it", str(path)
-        )
+        raise FileNotFoundError(errno.ENOENT, "the directory of checkpoint= does not exist; make it", str(path))
     with contextlib.suppress(FileNotFoundError):
         os.stat(previous(path))  # a name that is too long for ".prev" fails here
     for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):

@@ -118,9 +118,7 @@ def fit(
         if not callable(getattr(source, "batches", None)) and not (name == "validation" and source is None):
             raise TypeError(f"fit was given {name}={_type(source)}; it needs a method `.batches(size, key)`.")
     if validation is None and (patience is not None or validate_every is not None):
-        raise ValueError(
-            "fit was given patience= or validate_every= without validation=; give validation data."
-        )
+        raise ValueError("fit was given patience= or validate_every= without validation=; give validation data.")
     if callable(callbacks) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"fit was given callbacks={callbacks!r}; give a list of callables of one `Event`.")
     path = None if checkpoint is None else Path(checkpoint)
@@ -139,9 +137,7 @@ def fit(
         None if patience is None else _count("patience", patience),
         tuple(callbacks),
         path,
-        max(1, min(1000, steps // 10))
-        if checkpoint_every is None
-        else _count("checkpoint_every", checkpoint_every),
+        max(1, min(1000, steps // 10)) if checkpoint_every is None else _count("checkpoint_every", checkpoint_every),
         None if validate_every is None else _count("validate_every", validate_every),
     )
     fixed, state = start(model, loss, optim, key_loss, skip_nonfinite)
@@ -175,9 +171,7 @@ def _finish(loop: Loop, interrupted: bool) -> FitResult:
         result = RESULTS.nonfinite_loss
         where = f"step {failure.step} (epoch {failure.epoch}, batch {failure.position}{_ids(failure.ids)})"
         message = f"nonfinite loss at {where}."
-        warnings.warn(
-            f"The loss or its gradient was not finite at {where}. {message_of(result)}", SdeflowWarning, 3
-        )
+        warnings.warn(f"The loss or its gradient was not finite at {where}. {message_of(result)}", SdeflowWarning, 3)
     elif interrupted:
         result, message = RESULTS.interrupted, f"interrupted after {done}."
     else:
@@ -231,9 +225,7 @@ def _check_optim(optim: Any) -> optax.GradientTransformation:
     if isinstance(optim, optax.MultiSteps):
         return optim.gradient_transformation()
     if not isinstance(optim, optax.GradientTransformation):
-        raise TypeError(
-            f"fit was given optim={_type(optim)}; give an optax optimiser such as `optax.adam(1e-3)`."
-        )
+        raise TypeError(f"fit was given optim={_type(optim)}; give an optax optimiser such as `optax.adam(1e-3)`.")
     return optim
 
 
@@ -258,14 +250,10 @@ def _check_model(model: PyTree) -> None:
     trained = [(name, leaf) for name, leaf in leaves if eqx.is_inexact_array(leaf)]
     if not trained:
         have = ", ".join(f"{name}: {_type(leaf)}" for name, leaf in leaves[:8]) or "no leaves"
-        raise ValueError(
-            f"The model has no floating-point array to train ({have}); make its parameters jax arrays."
-        )
+        raise ValueError(f"The model has no floating-point array to train ({have}); make its parameters jax arrays.")
     bad = [name for name, leaf in trained if not bool(jnp.isfinite(leaf).all())]
     if bad:
-        raise ValueError(
-            f"The model starts with NaN or infinite parameters in {', '.join(bad)}; initialise them anew."
-        )
+        raise ValueError(f"The model starts with NaN or infinite parameters in {', '.join(bad)}; initialise them anew.")
 
 
 def _check_key(key: Any) -> None:

@@ -39,17 +39,13 @@ class History:
         for name, column in self._columns.items():
             steps = self._columns[_VALIDATION + "step" if name.startswith(_VALIDATION) else "step"]
             rows = len(steps) if before is None else bisect.bisect_left(steps, before)
-            out[name] = np.asarray(
-                column[:rows], np.int64 if name in ("step", _VALIDATION + "step") else np.float64
-            )
+            out[name] = np.asarray(column[:rows], np.int64 if name in ("step", _VALIDATION + "step") else np.float64)
         return out
 
     def _add(self, prefix: str, step: int, loss: float, metrics: Mapping[str, float]) -> None:
         reserved = [m for m in metrics if m in ("step", "loss") or m.startswith(_VALIDATION)]
         if reserved:
-            raise ValueError(
-                f"The loss returned a metric named {reserved[0]!r}; that name is taken, choose another."
-            )
+            raise ValueError(f"The loss returned a metric named {reserved[0]!r}; that name is taken, choose another.")
         row = {prefix + name: value for name, value in {"step": step, "loss": loss, **metrics}.items()}
         known = {name for name in self._columns if name.startswith(_VALIDATION) == bool(prefix)}
         if known != row.keys() and self._columns.get(prefix + "step"):

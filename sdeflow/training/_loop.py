@@ -59,9 +59,7 @@ class _Ahead:
 class Loop:
     """A run of `fit`: mutable, private, and gone when `fit` returns."""
 
-    def __init__(
-        self, plan: Plan, fixed: Fixed, state: TrainState, progress: Progress, interrupts: Interrupts
-    ):
+    def __init__(self, plan: Plan, fixed: Fixed, state: TrainState, progress: Progress, interrupts: Interrupts):
         self.plan, self.fixed, self.state = plan, fixed, state
         self.progress, self.interrupts = progress, interrupts
         self.history = History()
@@ -104,9 +102,7 @@ class Loop:
 
     def _open_epoch(self) -> Iterator[PyTree]:
         """The batches of this epoch that have not been used yet."""
-        batches = _batches(
-            self.plan.data, self.plan.batch_size, jax.random.fold_in(self.plan.key_data, self.epoch)
-        )
+        batches = _batches(self.plan.data, self.plan.batch_size, jax.random.fold_in(self.plan.key_data, self.epoch))
         used = sum(1 for _ in itertools.islice(batches, self.position))
         if used < self.position:
             raise ValueError(
@@ -219,8 +215,7 @@ class Loop:
         total = math.fsum(weights)
         if total <= 0:
             raise ValueError(
-                f"The validation data yielded {len(weights)} batches of total weight {total}; "
-                "give at least one row."
+                f"The validation data yielded {len(weights)} batches of total weight {total}; give at least one row."
             )
         pairs = [(pair, w) for pair, w in zip(jax.device_get(scores), weights) if w > 0]
         names = pairs[0][0][1]

@@ -33,18 +33,14 @@ class CrossEntropy(AbstractPredictionLoss):
         (0.6931, 1.0)
     """
 
-    def score(
-        self, prediction: Prediction, batch: PyTree, step: Array | int
-    ) -> tuple[Float[Array, ""], Metrics]:
+    def score(self, prediction: Prediction, batch: PyTree, step: Array | int) -> tuple[Float[Array, ""], Metrics]:
         """Score logits against labels."""
         logits, labels = jnp.asarray(prediction.outputs), field(batch, "labels")
         if labels is None:
             raise ValueError("CrossEntropy was given a batch without labels; build the data with `labels=`.")
         labels = jnp.asarray(labels)
         if not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise TypeError(
-                f"CrossEntropy was given labels of dtype {labels.dtype}; use class numbers 0..K-1."
-            )
+            raise TypeError(f"CrossEntropy was given labels of dtype {labels.dtype}; use class numbers 0..K-1.")
         if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
             raise ValueError(
                 f"CrossEntropy was given outputs of shape {logits.shape} and labels of shape {labels.shape}; "
@@ -79,17 +75,13 @@ class MaskedMSE(AbstractPredictionLoss):
         5.0
     """
 
-    def score(
-        self, prediction: Prediction, batch: PyTree, step: Array | int
-    ) -> tuple[Float[Array, ""], Metrics]:
+    def score(self, prediction: Prediction, batch: PyTree, step: Array | int) -> tuple[Float[Array, ""], Metrics]:
         """Score outputs against what was observed."""
         outputs, name, wanted = jnp.asarray(prediction.outputs), "targets", field(batch, "targets")
         if wanted is None:
             name, wanted = "values", field(batch, "values")
         if wanted is None:
-            raise ValueError(
-                "MaskedMSE was given a batch without targets or values; build the data with `targets=`."
-            )
+            raise ValueError("MaskedMSE was given a batch without targets or values; build the data with `targets=`.")
         wanted = jnp.asarray(wanted)
         if outputs.shape != wanted.shape or outputs.ndim < 1:
             raise ValueError(
@@ -110,7 +102,5 @@ class MaskedMSE(AbstractPredictionLoss):
 def _like(mask: Any, x: Any) -> Any:
     """Trailing axes of length 1 until ``mask`` broadcasts over ``x``; other shapes are an error."""
     if mask.shape != x.shape[: mask.ndim]:
-        raise ValueError(
-            f"batch.mask has shape {mask.shape} for values of shape {x.shape}; leading axes must agree."
-        )
+        raise ValueError(f"batch.mask has shape {mask.shape} for values of shape {x.shape}; leading axes must agree.")
     return mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))

@@ -59,11 +59,7 @@ def without_filler(batch: PyTree) -> PyTree:
 
     def replace(path: Any, leaf: Any) -> Any:
         name = getattr(path[0], "name", getattr(path[0], "key", None)) if path else None
-        if (
-            name not in ROW_FIELDS
-            or not isinstance(leaf, jax.Array | np.ndarray)
-            or leaf.shape[:1] != real.shape
-        ):
+        if name not in ROW_FIELDS or not isinstance(leaf, jax.Array | np.ndarray) or leaf.shape[:1] != real.shape:
             return leaf
         leaf = jnp.asarray(leaf)
         return jnp.where(real.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, leaf[first])

@@ -100,9 +100,7 @@ def resume(loop: "Loop") -> None:
     loop.state = TrainState(params, opt_state, step, streak, jnp.zeros((), bool))
     loop.fixed = dataclasses.replace(loop.fixed, static=static, opt_static=opt_static)
     start = "['history']["
-    loop.history = History(
-        {ast.literal_eval(n[len(start) : -1]): a for n, a in arrays.items() if n.startswith(start)}
-    )
+    loop.history = History({ast.literal_eval(n[len(start) : -1]): a for n, a in arrays.items() if n.startswith(start)})
     loop.step, loop.epoch, loop.position = meta["step"], meta["epoch"], meta["position"]
     loop.stale, loop.validated_step = meta["stale"], meta["validated_step"]
     loop.saved = loop.mark() if good else None
@@ -132,8 +130,7 @@ def _compare(saved: dict[str, Any], now: dict[str, Any], written: dict[str, str]
     if differ:
         what = ", ".join(_difference(name, saved.get(name), now[name]) for name in differ)
         raise CheckpointError(
-            f"The checkpoint {str(path)!r} belongs to another run: {what}. "
-            f"Make them equal to resume. {_AFRESH}"
+            f"The checkpoint {str(path)!r} belongs to another run: {what}. Make them equal to resume. {_AFRESH}"
         )
 
 

@@ -125,9 +125,7 @@ def _choose(okay: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
         n = jnp.asarray(n)
         if n.dtype != o.dtype:
             if not (jnp.issubdtype(n.dtype, jnp.inexact) and jnp.issubdtype(o.dtype, jnp.inexact)):
-                raise TypeError(
-                    f"The optimiser's state began as {o.dtype} and became {n.dtype}; give it one dtype."
-                )
+                raise TypeError(f"The optimiser's state began as {o.dtype} and became {n.dtype}; give it one dtype.")
             n = n.astype(o.dtype)
         return jax.lax.select(okay, n, o)
 

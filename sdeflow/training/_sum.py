@@ -56,9 +56,7 @@ class AbstractPredictionLoss(AbstractLoss):
     """A loss that reads a `Prediction`; in a sum, all of these score the prediction of one model call."""
 
     @abc.abstractmethod
-    def score(
-        self, prediction: Prediction, batch: PyTree, step: Array | int
-    ) -> tuple[Float[Array, ""], Metrics]:
+    def score(self, prediction: Prediction, batch: PyTree, step: Array | int) -> tuple[Float[Array, ""], Metrics]:
         """The value of this loss for ``prediction``, and a dict of scalars to record."""
 
     def __call__(
@@ -128,9 +126,7 @@ class Sum(AbstractLoss):
         names = [type(term).__name__ for term, _ in flat if _is_regulariser(term)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(
-                f"The sum of losses has the regulariser {twice[0]} twice; add its weights up instead."
-            )
+            raise ValueError(f"The sum of losses has the regulariser {twice[0]} twice; add its weights up instead.")
         self.terms = tuple(flat)
 
     def __call__(
@@ -178,14 +174,10 @@ def scored(
         raise TypeError(f"The loss {name} returned {_kind(out)}; return a pair (scalar, dict of metrics).")
     value, metrics = out
     if not _is_real_scalar(value, inexact=True):
-        raise TypeError(
-            f"The loss {name} returned {_kind(value)} as its value; return a real floating scalar."
-        )
+        raise TypeError(f"The loss {name} returned {_kind(value)} as its value; return a real floating scalar.")
     for key_, metric in metrics.items():
         if not isinstance(key_, str) or not _is_real_scalar(metric, inexact=False):
-            raise TypeError(
-                f"The loss {name} returned the metric {key_!r}: {_kind(metric)}; metrics are scalars."
-            )
+            raise TypeError(f"The loss {name} returned the metric {key_!r}: {_kind(metric)}; metrics are scalars.")
     return jnp.asarray(value), {name: jnp.asarray(metric) for name, metric in metrics.items()}
 
 
@@ -218,11 +210,7 @@ def _terms_of(x: Any) -> tuple[tuple[Any, Weight], ...]:
     if _is_regulariser(x) and hasattr(x, "regulariser"):
         return ((x.regulariser, x.weight),)
     if not _is_term(x):
-        what = (
-            f"the class {x.__name__}; call it"
-            if isinstance(x, type)
-            else f"{x!r}; add losses or regularisers"
-        )
+        what = f"the class {x.__name__}; call it" if isinstance(x, type) else f"{x!r}; add losses or regularisers"
         raise TypeError(f"A sum of losses was given {what}.")
     return ((x, 1.0),)
 
@@ -249,9 +237,7 @@ def _check_weight(weight: Any) -> None:
     if callable(weight) and not isinstance(weight, AbstractLoss):
         return
     if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-        raise TypeError(
-            f"A loss was multiplied by {weight!r}; a weight is a number or a callable of the step."
-        )
+        raise TypeError(f"A loss was multiplied by {weight!r}; a weight is a number or a callable of the step.")
     if not math.isfinite(weight):
         raise ValueError(f"A loss was multiplied by {weight}; a weight must be finite.")
 
@@ -264,9 +250,7 @@ def _predict(model: Any, batch: PyTree, key: PRNGKeyArray, regularisers: tuple) 
         )
     prediction: Any = model(batch, key=key, regularisers=regularisers)
     if not hasattr(prediction, "outputs"):
-        raise TypeError(
-            f"The model {type(model).__name__} returned {_kind(prediction)}; return a `Prediction`."
-        )
+        raise TypeError(f"The model {type(model).__name__} returned {_kind(prediction)}; return a `Prediction`.")
     return prediction
 
 
@@ -281,9 +265,7 @@ def _penalty(prediction: Any, regulariser: Any, batch: PyTree) -> Float[Array, "
     if value.ndim == 0:
         return value
     if value.ndim > 1:
-        raise ValueError(
-            f"The penalty of {name} has shape {value.shape}; return a scalar or one number per row."
-        )
+        raise ValueError(f"The penalty of {name} has shape {value.shape}; return a scalar or one number per row.")
     return row_mean(value, row_weight(batch, value.shape[0], value.dtype))
 
 

@@ -1,4 +1,20 @@
 """One row and its scan; knows nothing of how gradients are to come back beyond what a scan stores."""
 
-from ._row import Carry as Carry, Rows as Rows, first_carry as first_carry, make_rows as make_rows, prepare_solver as prepare_solver
-from ._scan import checkpointed_scan as checkpointed_scan, walk as walk
+from ._row import (
+    Carry as Carry,
+)
+from ._row import (
+    Rows as Rows,
+)
+from ._row import (
+    first_carry as first_carry,
+)
+from ._row import (
+    make_rows as make_rows,
+)
+from ._row import (
+    prepare_solver as prepare_solver,
+)
+from ._scan import Checkpoints as Checkpoints
+from ._scan import checkpointed_scan as checkpointed_scan
+from ._scan import walk as walk

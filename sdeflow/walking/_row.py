@@ -92,9 +92,7 @@ def prepare_solver(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
     return dataclasses.replace(solver, **changes) if changes else solver
 
 
-def first_carry(
-    solver: diffrax.AbstractSolver, terms: Any, args: Any, y0: PyTree, rows: Rows, fallible: bool
-) -> Carry:
+def first_carry(solver: diffrax.AbstractSolver, terms: Any, args: Any, y0: PyTree, rows: Rows, fallible: bool) -> Carry:
     """The carry before the first row."""
     state = solver.init(terms, rows.left[0], rows.right[0], y0, args)
     # A weak type or a Python scalar would make the carry change its type after one step.

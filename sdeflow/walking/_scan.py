@@ -81,11 +81,11 @@ def walk(
         carry = first_carry(solver, terms, args, y0, rows, fallible) if start is None else start
         if every is None or every == 1:
             return checkpointed_scan(body, carry, rows.arrays, rows.length, checkpoints)
-        intervals = rows.length // every
+        length, intervals = every, rows.length // every
         nested = jtu.tree_map(lambda x: x.reshape(intervals, every, *x.shape[1:]), rows.arrays)
 
         def interval(carry: Carry, xs: Any) -> tuple[Carry, Any]:
-            carry, _ = checkpointed_scan(body, carry, xs, every, checkpoints)
+            carry, _ = checkpointed_scan(body, carry, xs, length, checkpoints)
             return carry, emit(xs[1][-1], carry, None)
 
         outer = checkpoints if checkpoints == "sqrt" or isinstance(checkpoints, int) else None

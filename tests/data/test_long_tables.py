@@ -47,9 +47,7 @@ def test_reads(frame):
 @pytest.mark.parametrize("frame", FRAMES)
 def test_one_column_and_options(frame):
     table = TABLE | {"hour": [0.0, 1.0, 0.0, 0.0, 5.0]}
-    data = TimeSeries.from_long(
-        frame(table), id="who", time="hour", values="count", duplicates="mean", align="start"
-    )
+    data = TimeSeries.from_long(frame(table), id="who", time="hour", values="count", duplicates="mean", align="start")
     assert data.values[0].tolist() == [[2.0]]
     assert data.num_channels == 1
     assert data.time_shift.tolist() == [0, 0, 5]

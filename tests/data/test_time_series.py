@@ -244,9 +244,9 @@ def test_standardise_like_train(data):
     train, test = data[:30], data[30:]
     for like in (train, train.standardise()):
         ours = test.standardise(like=like)
-        expected = (
-            np.concatenate(test.values) - np.nanmean(np.concatenate(train.values), axis=0)
-        ) / np.nanstd(np.concatenate(train.values), axis=0)
+        expected = (np.concatenate(test.values) - np.nanmean(np.concatenate(train.values), axis=0)) / np.nanstd(
+            np.concatenate(train.values), axis=0
+        )
         np.testing.assert_allclose(np.concatenate(ours.values), expected, rtol=1e-9)
     with pytest.raises(ValueError, match="like has 1 channels, but these series have 2"):
         test.standardise(like=TimeSeries.from_arrays([[0]], [[1]]))
@@ -296,9 +296,7 @@ def test_the_share_dropped_is_the_share_asked_for(per, fraction):
     times = [np.arange(7)] * 2000
     data = TimeSeries.from_arrays(times, [np.ones((7, 3))] * 2000)
     shares = [
-        np.isnan(
-            np.concatenate(data.drop_observations(fraction, key=jax.random.key(s), per=per).values)
-        ).mean()
+        np.isnan(np.concatenate(data.drop_observations(fraction, key=jax.random.key(s), per=per).values)).mean()
         for s in range(2)
     ]
     # Each series rounds 7 * fraction up or down at random, so it deviates by at most 0.5 / 7.

@@ -60,8 +60,6 @@ DEFAULT = [name for name, case in CASES.items() if not case.slow]
 SLOW = [name for name, case in CASES.items() if case.slow]
 
 
-
-
 def equation_of(noise: str, parameter: Any) -> Any:
     """A smooth equation on the plane; its drift and diffusion depend on time, state, args and ``parameter``."""
     theta = parameter
@@ -142,6 +140,8 @@ def by_diffeqsolve(adjoint: Any) -> Steps:
 
 HOW: dict[str, Steps] = {
     "diffrax": by_diffeqsolve(dfx.RecursiveCheckpointAdjoint()),
+    # Compiles in a third of the time, and its gradients come the other way round.
+    "diffrax-forward": by_diffeqsolve(dfx.ForwardMode()),
     **{f"solve-{c}": by_solve(sf.adjoints.DiscreteAdjoint(c)) for c in ("step", "sqrt", None, 3)},
     **{f"inside-{c}": by_diffeqsolve(sf.adjoints.DiscreteAdjoint(c)) for c in ("step", "sqrt", None, 3)},
 }
@@ -169,16 +169,15 @@ def solved(name: str, how: str, dtype: str = "float64", padding: int | None = No
 
         def gradients(grid: Any, path: Any) -> Any:
             start = (jnp.array([0.3, 0.7], dtype), jnp.array(0.7, dtype), jnp.array(1.1, dtype))
-            return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*start, grid, path)
+            mode = jax.jacfwd if how == "diffrax-forward" else jax.grad
+            return mode(loss, argnums=(0, 1, 2), has_aux=True)(*start, grid, path)
 
         if padding is None:
             out = jax.jit(lambda: gradients(grid, path))()
         else:
             out = jax.jit(gradients)(grid, path)
-        (_, ys), grads = out
-    return {"ys": np.asarray(ys)} | {
-        k: np.asarray(g) for k, g in zip(("in y0", "in args", "in a closure"), grads)
-    }
+        grads, ys = out
+    return {"ys": np.asarray(ys)} | {k: np.asarray(g) for k, g in zip(("in y0", "in args", "in a closure"), grads)}
 
 
 def largest_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:

@@ -61,13 +61,9 @@ PROBLEMS = {
         0.2,
         lambda y0, t, w: y0 / (y0 + (1 - y0) * jnp.exp(-t)),
     ),
-    "clock": Problem(
-        lambda: sf.ODE(lambda t, y, args: y * jnp.cos(t)), 1.0, lambda y0, t, w: y0 * jnp.exp(jnp.sin(t))
-    ),
+    "clock": Problem(lambda: sf.ODE(lambda t, y, args: y * jnp.cos(t)), 1.0, lambda y0, t, w: y0 * jnp.exp(jnp.sin(t))),
     "gbm": Problem(_gbm, 1.0, _exact_gbm, lambda t: float(jnp.exp(MU * t)), _gbm_variance),
-    "gbm_stratonovich": Problem(
-        _gbm_stratonovich, 1.0, _exact_gbm, lambda t: float(jnp.exp(MU * t)), _gbm_variance
-    ),
+    "gbm_stratonovich": Problem(_gbm_stratonovich, 1.0, _exact_gbm, lambda t: float(jnp.exp(MU * t)), _gbm_variance),
     "arctan": Problem(_sine, 0.3, lambda y0, t, w: jnp.arctan(NOISE * w + jnp.tan(y0))),
     "ou": Problem(
         _ou,

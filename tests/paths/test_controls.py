@@ -267,9 +267,7 @@ def test_drives_a_diffrax_solve():
 
 
 def test_no_loop_and_no_callback_in_the_program():
-    lowered = (
-        jax.jit(lambda t, x, s: linear_control(t, x).evaluate(s)).lower(TIMES, some_values(0), 0.3).as_text()
-    )
+    lowered = jax.jit(lambda t, x, s: linear_control(t, x).evaluate(s)).lower(TIMES, some_values(0), 0.3).as_text()
     assert "callback" not in lowered
     assert "while" not in lowered
 

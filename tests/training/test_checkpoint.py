@@ -228,9 +228,7 @@ def header_end(data):
 
 def test_every_truncation_is_noticed(saved):
     path, data, like = saved
-    for size in sorted(
-        {*range(0, len(data), 64), 1, 7, 8, 9, 19, 20, 21, 51, 52, header_end(data), len(data) - 1}
-    ):
+    for size in sorted({*range(0, len(data), 64), 1, 7, 8, 9, 19, 20, 21, 51, 52, header_end(data), len(data) - 1}):
         path.write_bytes(data[:size])
         with pytest.raises(CheckpointError, match="is empty" if size == 0 else "is damaged"):
             load_checkpoint(path, like)
@@ -270,9 +268,7 @@ def test_other_files_and_newer_formats_are_refused_for_what_they_are(saved):
     with pytest.raises(CheckpointError, match="not a checkpoint of sdeflow"):
         load_checkpoint(path.with_suffix(".npy"), like)
     path.write_bytes(resigned(data[:8] + struct.pack("<I", 2) + data[12:-32]))
-    with pytest.raises(
-        CheckpointError, match="has format 2, but this version of sdeflow reads up to 1; upgrade"
-    ):
+    with pytest.raises(CheckpointError, match="has format 2, but this version of sdeflow reads up to 1; upgrade"):
         load_checkpoint(path, like)
     with pytest.raises(FileNotFoundError):
         load_checkpoint(path.with_name("absent"), like)

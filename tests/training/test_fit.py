@@ -205,9 +205,7 @@ def test_a_validation_score_is_the_weighted_mean_over_all_rows():
         found = run(loss=loss, validation=data, steps=3)
         last = run(loss=loss, steps=3).model
         error = (np.asarray(jax.vmap(last)(check.x)) - check.y) ** 2
-        np.testing.assert_allclose(
-            found.history["validation_loss"], [np.average(error, weights=weight)], rtol=1e-5
-        )
+        np.testing.assert_allclose(found.history["validation_loss"], [np.average(error, weights=weight)], rtol=1e-5)
         np.testing.assert_allclose(found.history["validation_one"], [1.0], rtol=1e-6)
 
 
@@ -345,11 +343,7 @@ def test_a_finite_loss_with_a_nonfinite_gradient_or_update_stops_too(where):
         root = jnp.sqrt(jnp.where(step == 3, 0.0, 1.0) * jnp.abs(w))  # an infinite slope at step 3
         return (root if where == "gradient" else w) + 0.0, {}
 
-    rate = (
-        optax.sgd(lambda count: jnp.where(count == 3, jnp.inf, 1e-3))
-        if where == "update"
-        else optax.sgd(1e-3)
-    )
+    rate = optax.sgd(lambda count: jnp.where(count == 3, jnp.inf, 1e-3)) if where == "update" else optax.sgd(1e-3)
     with pytest.warns(SdeflowWarning, match="step 3"):
         found = run(jnp.ones(()), loss=loss, optim=rate)
     assert np.isfinite(found.history["loss"]).all()

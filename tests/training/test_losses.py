@@ -100,9 +100,7 @@ def test_masked_mse_scores_values_where_the_mask_says_so(channels):
     values = rng.normal(size=(3, 4, 2)).astype(np.float32)
     mask = rng.uniform(size=(3, 4, 2) if channels else (3, 4)) < 0.5
     values[0, 0] = np.nan
-    value = losses.MaskedMSE().score(Prediction(jnp.zeros((3, 4, 2))), batch_of(values=values, mask=mask), 0)[
-        0
-    ]
+    value = losses.MaskedMSE().score(Prediction(jnp.zeros((3, 4, 2))), batch_of(values=values, mask=mask), 0)[0]
     used = np.broadcast_to(mask if channels else mask[..., None], values.shape) & ~np.isnan(values)
     np.testing.assert_allclose(value, np.mean(values[used] ** 2), rtol=1e-6)
 
@@ -333,18 +331,14 @@ def test_fit_records_every_term_of_a_sum():
     given = {"optim": optax.adam(1e-2), "steps": 6, "batch_size": 8, "key": jr.key(0), "progress": False}
     found = fit(mlp(), Rows(), FunctionLoss(squares) + small, validation=Rows(5), **given)
     assert {"squares", "small", "bias", "validation_small", "validation_loss"} < found.history.keys()
-    np.testing.assert_allclose(
-        found.history["loss"], found.history["squares"] + found.history["small"], rtol=1e-6
-    )
+    np.testing.assert_allclose(found.history["loss"], found.history["squares"] + found.history["small"], rtol=1e-6)
 
 
 def test_fit_classifies_series():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 60)
     times = [np.sort(rng.uniform(size=n)) for n in rng.integers(3, 9, 60)]
-    values = [
-        np.where(label, 1.0, -1.0) + 0.5 * rng.normal(size=(len(t), 2)) for label, t in zip(labels, times)
-    ]
+    values = [np.where(label, 1.0, -1.0) + 0.5 * rng.normal(size=(len(t), 2)) for label, t in zip(labels, times)]
     data = TimeSeries.from_arrays(times, values, labels=labels)
 
     class Mean(eqx.Module):

@@ -159,9 +159,7 @@ def test_a_finished_run_is_read_back_and_may_be_extended(tmp_path):
 
 def test_the_best_and_the_last_model_can_be_read_without_fit(tmp_path):
     path = tmp_path / "c"
-    found = run(
-        checkpoint=path, validation=Rows(5, seed=1), optim=optax.sgd(-1e-2)
-    )  # it gets worse and worse
+    found = run(checkpoint=path, validation=Rows(5, seed=1), optim=optax.sgd(-1e-2))  # it gets worse and worse
     assert found.best_step < 19
     best, meta = load_checkpoint(path, mlp(9), part="best")
     last, _ = load_checkpoint(path, mlp(9), part="last")
@@ -399,9 +397,7 @@ def test_what_a_killed_writer_left_is_cleared_away_once_it_is_old(tmp_path):
     path = tmp_path / "c"
     run(checkpoint=path, steps=1)
     prefix = file_module._prefix(path)
-    old, young, foreign = (
-        tmp_path / n for n in (f"{prefix}1-a.tmp", f"{prefix}1-b.tmp", ".sdeflow-other-1.tmp")
-    )
+    old, young, foreign = (tmp_path / n for n in (f"{prefix}1-a.tmp", f"{prefix}1-b.tmp", ".sdeflow-other-1.tmp"))
     for file in (old, young, foreign):
         file.write_text("half")
     for file in (old, foreign):

@@ -25,9 +25,7 @@ class Rows:
     def __init__(self, count=20, features=3, seed=0, name="rows"):
         rng = np.random.default_rng(seed)
         self.x = rng.normal(size=(count, features)).astype(np.float32)
-        self.y = self.x @ np.arange(1.0, features + 1, dtype=np.float32) + rng.normal(size=count).astype(
-            np.float32
-        )
+        self.y = self.x @ np.arange(1.0, features + 1, dtype=np.float32) + rng.normal(size=count).astype(np.float32)
         self.name = name
 
     def fingerprint(self):
@@ -70,8 +68,7 @@ class Linear(eqx.Module):
         Linear.calls += 1
         outputs = batch.values[:, -1] @ self.weight
         penalties = {
-            type(r).__name__: self.cost * jnp.ones(len(outputs)) * jnp.sum(self.weight**2)
-            for r in regularisers
+            type(r).__name__: self.cost * jnp.ones(len(outputs)) * jnp.sum(self.weight**2) for r in regularisers
         }
         return Prediction(outputs, penalties=penalties)
 

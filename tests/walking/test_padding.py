@@ -5,6 +5,9 @@ import pytest
 from helpers.battery import CASES, DEFAULT, SLOW, largest_difference, solved
 
 NAMES = DEFAULT + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
+# One solver of each family by default; the two whose steps of length zero are not the identity among them.
+FAMILIES = ("Euler", "ShARK", "ReversibleHeun", "LeapfrogMidpoint")
+FEW = [pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow) for name in CASES]
 
 
 def _bits(out):
@@ -12,16 +15,15 @@ def _bits(out):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_and_seven_rows_of_padding_change_no_bit(name):
-    bare = _bits(solved(name, "solve-step", padding=0))
-    assert _bits(solved(name, "solve-step", padding=7)) == bare
-    if not CASES[name].slow:
-        assert _bits(solved(name, "solve-step", padding=1)) == bare
+def test_seven_rows_of_padding_change_no_bit(name):
+    padded = solved(name, "solve-step", padding=7)
+    assert _bits(padded) == _bits(solved(name, "solve-step", padding=0))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_hundred_rows_of_padding_change_no_bit(name):
-    padded = solved(name, "solve-step", padding=100)
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("name", FEW)
+def test_one_and_a_hundred_rows_of_padding_change_no_bit(name, rows):
+    padded = solved(name, "solve-step", padding=rows)
     assert _bits(padded) == _bits(solved(name, "solve-step", padding=0))
 
 

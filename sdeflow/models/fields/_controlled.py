@@ -88,9 +88,7 @@ class ControlledDrift(eqx.Module):
         self.first, self.final = (jax.nn.relu, jnp.tanh) if published else (_identity, _identity)
         self.rate = rate
 
-    def __call__(
-        self, z: Float[Array, " H"], x: Float[Array, " C"] | None = None, t: Any = None
-    ) -> Float[Array, " H"]:
+    def __call__(self, z: Float[Array, " H"], x: Float[Array, " C"] | None = None, t: Any = None) -> Float[Array, " H"]:
         """The drift at state ``z`` under the control's value ``x``; ``t`` is read only if the drift sees the time."""
         a = z if self.time is None else jnp.concatenate([self.time(t), z])
         a = a if self.lift is None else self.lift(a)

@@ -57,9 +57,7 @@ class NoiseScale(eqx.Module):
     ):
         check_size("size", size)
         if not 0 < sigma_min < sigma_max < math.inf:
-            raise ValueError(
-                f"The bounds of sigma must be 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}."
-            )
+            raise ValueError(f"The bounds of sigma must be 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}.")
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
         if check_mode(mode) == "benchmark":
             self.net = MLP(2, size, width=width, depth=1, activation=jax.nn.relu, key=key)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 
 def bounded_time(t: Any) -> Float[Array, " 1"]:
-    """t / (1 + |t|), shape (1,): strictly increasing, with a limit as t grows.
+    """T / (1 + |t|), shape (1,): strictly increasing, with a limit as t grows.
 
     Example:
         >>> from sdeflow.models.fields import bounded_time

@@ -100,16 +100,12 @@ class SeriesModel(eqx.Module):
         encoder, readout = jax.random.split(key)
         self.dynamics = dynamics
         self.encoder = eqx.nn.Linear(channels, sizes[0], key=encoder)
-        self.readout = MLP(
-            sizes[0], check_size("num_outputs", num_outputs), width=sizes[0], depth=1, key=readout
-        )
+        self.readout = MLP(sizes[0], check_size("num_outputs", num_outputs), width=sizes[0], depth=1, key=readout)
         self.solver = diffrax.Euler() if solver is None else solver
         self.channels, self.task, self.num_outputs = channels, task, num_outputs
         self.steps_per_interval = check_size("steps_per_interval", steps_per_interval)
 
-    def __call__(
-        self, batch: SeriesBatch, *, key: PRNGKeyArray, regularisers: Sequence[Any] = ()
-    ) -> Prediction:
+    def __call__(self, batch: SeriesBatch, *, key: PRNGKeyArray, regularisers: Sequence[Any] = ()) -> Prediction:
         """Predict a batch, as `sdeflow.training` asks for it.
 
         Returns:
@@ -121,9 +117,7 @@ class SeriesModel(eqx.Module):
             ValueError: if the batch has another number of channels than the model.
         """
         sol = self._solve(batch, key, tuple(regularisers))
-        return Prediction(
-            jax.vmap(self.readout)(sol.final), sol.ys, None, sol.penalties, _first_failure(sol.result)
-        )
+        return Prediction(jax.vmap(self.readout)(sol.final), sol.ys, None, sol.penalties, _first_failure(sol.result))
 
     def predict(
         self,
@@ -179,9 +173,7 @@ class SeriesModel(eqx.Module):
         walk = lambda times, values, number: self._walk(times, values, _key_of(key, number), regularisers)
         return jax.vmap(walk)(jnp.asarray(batch.times), jnp.asarray(batch.values), jnp.asarray(batch.ids))
 
-    def _walk(
-        self, times: Array, values: Array, key: PRNGKeyArray, regularisers: tuple[Any, ...]
-    ) -> Solution:
+    def _walk(self, times: Array, values: Array, key: PRNGKeyArray, regularisers: tuple[Any, ...]) -> Solution:
         """Walk one series, ``times`` (L,) and ``values`` (L, C), padded or not."""
         if times.shape[0] == 1:
             # One observation is a series that ends where it starts: a walk of no live step.
