@@ -237,7 +237,18 @@ def compare(reference: Method, method: Method, options: Options) -> tuple[Spread
 def row(reference: Method, method: Method, options: Options, target: float | None = None) -> Row:
     """The line of ``method`` beside ``reference``."""
     wall, cpu, ms = compare(reference, method, options)
-    return Row(method.name, wall, cpu, ms, method.trace_s, method.compile_s, method.temp_mb, method.note, target)
+    return Row(
+        method.name,
+        wall,
+        cpu,
+        ms,
+        trace_s=method.trace_s,
+        compile_s=method.compile_s,
+        temp_mb=method.temp_mb,
+        loop_ops=method.loop_ops,
+        note=method.note,
+        target=target,
+    )
 
 
 def attempt(name: str, make: Callable[[], Row], target: float | None = None) -> Row:

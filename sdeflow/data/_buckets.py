@@ -14,6 +14,8 @@ def choose_buckets(lengths: np.ndarray, num_buckets: int) -> tuple[int, ...]:
     is not cut up. The best cut is found exactly, by dynamic programming over the distinct lengths.
 
     Example:
+        >>> import numpy as np
+        >>> from sdeflow.data._buckets import choose_buckets
         >>> choose_buckets(np.repeat([10, 11, 100], 50), 3)
         (11, 100)
     """

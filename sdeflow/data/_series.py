@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Literal
@@ -42,6 +43,7 @@ class TimeSeries:
     ``data[i]``, ``data[2:5]`` and ``data[positions]`` are sets again; ``len(data)`` is the number of series.
 
     Example:
+        >>> from sdeflow.data import TimeSeries
         >>> import jax
         >>> data = TimeSeries.from_arrays(
         ...     times=[[0.0, 1.0, 4.0], [2.0, 3.0]],
@@ -115,6 +117,7 @@ class TimeSeries:
                 float32 cannot tell them apart after the map.
 
         Example:
+            >>> from sdeflow.data import TimeSeries
             >>> import numpy as np
             >>> days = [np.array(["2024-01-01", "2024-01-03"], "datetime64[D]")]
             >>> data = TimeSeries.from_arrays(days, [[1.0, 2.0]])
@@ -157,6 +160,7 @@ class TimeSeries:
                 series, and all that `TimeSeries.from_arrays` refuses.
 
         Example:
+            >>> from sdeflow.data import TimeSeries
             >>> table = {"who": ["a", "b", "a"], "t": [1.0, 0.0, 0.0], "x": [3.0, 2.0, 1.0]}
             >>> data = TimeSeries.from_long(table, id="who", time="t", values="x")
             >>> data.ids, data.values[0].tolist()
@@ -227,6 +231,24 @@ class TimeSeries:
     def values(self) -> tuple[Float[np.ndarray, "L C"], ...]:
         """The values of each series, shape (L_i, C), NaN where missing."""
         return tuple(np.split(self._values, self._offsets[1:-1]))
+
+    def fingerprint(self) -> str:
+        """A digest of times, values, gaps, labels and the time map: what a checkpoint compares before it resumes.
+
+        Example:
+            >>> from sdeflow.data import TimeSeries
+            >>> one, two = TimeSeries.from_arrays([[0.0]], [[1.0]]), TimeSeries.from_arrays([[0.0]], [[2.0]])
+            >>> one.fingerprint() == one.fingerprint(), one.fingerprint() == two.fingerprint()
+            (True, False)
+        """
+        digest = hashlib.sha256()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            array = value if isinstance(value, np.ndarray) and value.dtype != object else None
+            digest.update(field.name.encode() + (repr(value).encode() if array is None else repr(array.dtype).encode()))
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.num_series
@@ -308,6 +330,7 @@ class TimeSeries:
             ValueError: if ``i`` is needed and missing, or its shape does not lead that of ``t``.
 
         Example:
+            >>> from sdeflow.data import TimeSeries
             >>> data = TimeSeries.from_arrays([[10.0, 20.0]], [[0.0, 1.0]])
             >>> float(data.to_user_time(0.5)), float(data.to_internal_time(15.0))
             (15.0, 0.5)
@@ -339,6 +362,7 @@ class TimeSeries:
             ValueError: if a series has no observation up to then, naming it.
 
         Example:
+            >>> from sdeflow.data import TimeSeries
             >>> data = TimeSeries.from_arrays([[0.0, 1.0, 2.0], [0.0, 3.0]], [[1, 2, 3], [4, 5]])
             >>> data.until(1.0).lengths.tolist()
             [2, 1]
@@ -370,6 +394,7 @@ class TimeSeries:
             ValueError: if ``like`` has another number of channels.
 
         Example:
+            >>> from sdeflow.data import TimeSeries
             >>> train = TimeSeries.from_arrays([[0.0, 1.0]], [[10.0, 30.0]]).standardise()
             >>> train.values[0].tolist(), train.to_user_values(train.values[0]).tolist()
             ([[-1.0], [1.0]], [[10.0], [30.0]])
@@ -406,6 +431,7 @@ class TimeSeries:
             ValueError: for a fraction outside [0, 1) or another ``per``.
 
         Example:
+            >>> from sdeflow.data import TimeSeries
             >>> import jax, numpy as np
             >>> data = TimeSeries.from_arrays([np.arange(10.0)], [np.ones((10, 2))])
             >>> thin = data.drop_observations(0.7, key=jax.random.key(0))
@@ -428,6 +454,7 @@ class TimeSeries:
             ValueError: if one of the two would be empty.
 
         Example:
+            >>> from sdeflow.data import TimeSeries
             >>> import jax
             >>> data = TimeSeries.from_arrays([[0.0]] * 10, [[1.0]] * 10)
             >>> [len(part) for part in data.split(0.8, key=jax.random.key(0))]

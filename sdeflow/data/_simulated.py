@@ -52,6 +52,7 @@ def simulated_series(
 
     Example:
         >>> import jax
+        >>> from sdeflow.data import simulated_series
         >>> train, test = simulated_series(12, key=jax.random.key(0))
         >>> len(train), len(test), train.num_channels, train.classes
         (12, 12, 4, (0, 1, 2))

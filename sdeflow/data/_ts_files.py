@@ -31,6 +31,7 @@ def read_ts(path: str | Path, *, like: TimeSeries | None = None) -> TimeSeries:
 
     Example:
         >>> import tempfile, pathlib
+        >>> from sdeflow.data import read_ts
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.ts"
         >>> _ = path.write_text("@classLabel true a b\n@data\n1,2,?:3,4,5:a\n6,7:8,9:b\n")
         >>> data = read_ts(path)
@@ -78,6 +79,7 @@ def japanese_vowels() -> tuple[TimeSeries, TimeSeries]:
         FileNotFoundError: if aeon is not installed or carries no such files.
 
     Example:
+        >>> from sdeflow.data import japanese_vowels  # doctest: +SKIP
         >>> train, test = japanese_vowels()  # doctest: +SKIP
         >>> len(train), len(test), train.num_channels  # doctest: +SKIP
         (270, 370, 12)

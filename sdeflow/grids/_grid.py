@@ -91,6 +91,14 @@ class Grid(eqx.Module):
             raise ValueError(
                 f"Steps must be finite and all go one way; step {bad} is from {left[bad]} to {right[bad]}."
             )
+        # Two units in the last place are allowed: a step may end just before a jump, at which the next one begins.
+        apart = np.abs(left[1:count] - right[: count - 1])
+        slack = 1e-3 * np.abs(steps).min() + 2 * np.spacing(np.abs(right[:count]).max().astype(time_dtype()))
+        if (apart > slack).any():
+            bad = int(np.argmax(apart > slack)) + 1
+            raise ValueError(
+                f"Steps must join: step {bad} begins at {left[bad]:g}, but step {bad - 1} ends at {right[bad - 1]:g}."
+            )
         if save.ndim != 1 or save.size < 1 or (np.diff(save) < 0).any() or save[0] != 0 or save[-1] != count:
             raise ValueError(f"save must rise from 0 to the number of live steps ({count}), got {save.tolist()[:8]}.")
         check_resolution(left[:count], right[:count], time_dtype())

@@ -155,6 +155,7 @@ def linear_control(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from sdeflow.paths import linear_control
         >>> path = linear_control(jnp.array([0.0, 1.0, 3.0]), jnp.array([[0.0], [jnp.nan], [6.0]]))
         >>> path.evaluate(1.0).tolist(), path.evaluate(1.0, 2.5).tolist(), path.derivative(0.5).tolist()
         ([2.0], [3.0], [2.0])

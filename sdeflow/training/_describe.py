@@ -34,6 +34,7 @@ def describe(tree: Any, *, code: bool = True, values: bool = False) -> Descripti
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from sdeflow.training._describe import describe
         >>> describe({"f": jnp.tanh, "w": jnp.ones(2)})
         [('', 'dict'), ("['f']", 'jax.tanh')]
     """
