@@ -85,6 +85,7 @@ def _report(options: argparse.Namespace) -> int:
     )
     environment = _environment()
     print("sdeflow scoreboard: paired ratios, median [min-max]; lower is better")
+    print("  loop ops: instructions that do work in the body of each loop of the program, whatever the load")
     for name, value in environment.items():
         print(f"  {name}: {value}")
     print(

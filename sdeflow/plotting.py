@@ -23,7 +23,8 @@ def trajectories(
 
     Arguments:
         ts: shape (n,) for times that all paths share, or N arrays of shape (n_i,).
-        ys: N arrays of shape (n_i,) or (n_i, d), e.g. one array of shape (N, n, d). NaN leaves a gap.
+        ys: N arrays of shape (n_i,) or (n_i, d), e.g. one array of shape (N, n, d); or a single path as one
+            array of shape (n,) or (n, d), such as ``sol.ys``. NaN leaves a gap.
         ax: matplotlib axes to draw on.
         labels: N labels; paths of one label share a colour and an entry of the legend.
         component: which of the d components to draw against time; a pair draws one against the other.
@@ -41,15 +42,16 @@ def trajectories(
         >>> from matplotlib.figure import Figure
         >>> from sdeflow.plotting import trajectories
         >>> ax = Figure().subplots()
-        >>> ax = trajectories([[0.0, 1.0], [0.0, 0.3, 2.0]], [np.ones(2), np.zeros(3)], ax=ax, labels=["a", "b"])
+        >>> times = [[0.0, 1.0], [0.0, 0.3, 2.0]]
+        >>> ax = trajectories(times, [np.ones(2), np.zeros(3)], ax=ax, labels=["a", "b"])
         >>> len(ax.lines)
         2
     """
     ax = _axes(ax)
-    paths = [_path(y, i) for i, y in enumerate(ys)]
+    paths = [_path(y, i) for i, y in enumerate([ys] if _is_single(ts, ys) else ys)]
     times = _times(ts, paths)
     if labels is not None and len(labels) != len(paths):
-        raise ValueError(f"There are {len(paths)} paths but {len(labels)} labels; give one label for each path.")
+        raise ValueError(f"There are {len(paths)} paths but {len(labels)} labels; give one for each path.")
     pair = component if isinstance(component, tuple) else (component,)
     for i, y in enumerate(paths):
         bad = [c for c in pair if not -y.shape[1] <= c < y.shape[1]]
@@ -133,6 +135,11 @@ def _path(y: Any, i: int) -> np.ndarray:
     if y.ndim not in (1, 2):
         raise ValueError(f"Path {i} has shape {y.shape}; paths are (n,) or (n, d), and ys a list of them.")
     return y.reshape(len(y), -1)
+
+
+def _is_single(ts: Any, ys: Any) -> bool:
+    """Whether ``ys`` is one path over the times ``ts``, rather than a list of paths."""
+    return np.ndim(ts[0]) == 0 and hasattr(ys, "ndim") and ys.ndim <= 2 and len(ys) == len(ts)
 
 
 def _times(ts: Any, paths: list[np.ndarray]) -> list[np.ndarray]:

@@ -223,7 +223,7 @@ class GridBrownian(diffrax.AbstractBrownianPath):
 def _merge(left: Array, right: Array, k: int, fine: Sequence[Array]) -> list[Array]:
     w = fine[0]
     group = lambda x: x.reshape(-1, k, *x.shape[1:])
-    wide = lambda x: group(x.astype(w.dtype)).reshape(-1, k, *(1,) * (w.ndim - 1))
+    wide = lambda x: group(x.astype(w.dtype)).reshape(-1, k, *(1,) * (w.ndim - 2))
     w = group(w)
     total = w.sum(axis=1)
     out = [total]

@@ -35,14 +35,18 @@ def delegate(
         ts, ys, the last state, statistics and the result.
     """
     fn = (lambda t, y, args: y) if save_fn is None else save_fn
-    subs = (diffrax.SubSaveAt(ts=ts, fn=fn), diffrax.SubSaveAt(t1=True))
+    # Both ends need no search for requested times within the loop.
+    ends_only = ts.shape[0] == 2 and event is None
+    wanted = diffrax.SubSaveAt(t0=True, t1=True, fn=fn) if ends_only else diffrax.SubSaveAt(ts=ts, fn=fn)
+    subs = (wanted, diffrax.SubSaveAt(t1=True))
     if steps is not None:
         controller, dt0 = diffrax.StepTo(ts=steps), None
         max_steps = max(steps.shape[0] - 1, 1)
     else:
         # Requested times are stepped to, so that what is returned are states of the solver.
-        guarded = GuardedController(controller)  # pyright: ignore
-        controller = diffrax.ClipStepSizeController(guarded, step_ts=ts)
+        controller = GuardedController(controller)  # pyright: ignore
+        if not ends_only:
+            controller = diffrax.ClipStepSizeController(controller, step_ts=ts)
     sol = diffrax.diffeqsolve(
         terms,
         solver,

@@ -1,8 +1,8 @@
 """A step size controller that survives trial steps which are not finite.
 
 diffrax's PID controller turns a trial state of infinity into a NaN error, then a NaN step size, and rejects every step
-from then on. The guard shows it the state before the step and a large finite error instead: the step shrinks.
-Where the field itself is not finite no step length helps: trials that keep failing before the same time end the solve.
+from then on. The guard rejects such a step itself, leaves the controller as it was, and tries a fifth of the step. Where
+the field itself is not finite no step length helps: trials that keep failing before the same time end the solve.
 """
 
 from typing import Any
@@ -12,10 +12,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._solution import all_finite
-
-TRIALS = 24  # failed trials before one time, each followed by a step five times shorter
-_LARGE = 1e6  # an error of this many tolerances makes every controller shrink as far as it may
+TRIALS = 24  # how often trials may fail before the same time
+SHRINK = 0.2  # what a failed trial does to the step, as diffrax's controllers do by default
 
 
 class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
@@ -71,19 +69,22 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
     ) -> tuple[Any, Any, Any, Any, Any, Any]:
         """What the controller decides, shown a finite trial step."""
         inner, failed, until = controller_state
-        error = eqx.filter(y_error, eqx.is_inexact_array)
-        bad = ~(all_finite(y1_candidate) & all_finite(error))
-        y1 = jtu.tree_map(lambda a, b: jnp.where(bad, b, a), y1_candidate, y0)
-        if y_error is not None:
-            large = lambda e, y: jnp.where(bad, _LARGE * (self.atol + self.rtol * jnp.abs(y)), e)
-            y_error = jtu.tree_map(large, y_error, y0)
-        keep, left, right, jump, inner, result = self.controller.adapt_step_size(
-            t0, t1, y0, y1, args, y_error, error_order, inner
+        decided = self.controller.adapt_step_size(t0, t1, y0, y1_candidate, args, y_error, error_order, inner)
+        good = _finite(y1_candidate) & _finite(y_error)
+        retry = (False, t0, t0 + SHRINK * (t1 - t0), False, inner, diffrax.RESULTS.successful)
+        keep, left, right, jump, inner = (
+            jtu.tree_map(lambda a, b: jnp.where(good, a, b), a, b) for a, b in zip(decided[:5], retry[:5])
         )
+        jump = jump if eqx.is_array(decided[3]) else decided[3]
         # Getting past the time where a trial failed forgives the failures before it.
-        past = keep & (t1 >= until)
-        failed = jnp.where(bad, failed + 1, jnp.where(past, 0, failed))
-        until = jnp.where(bad, t1, until)
+        failed = jnp.where(good, jnp.where(keep & (t1 >= until), 0, failed), failed + 1)
+        until = jnp.where(good, until, t1)
         stuck = diffrax.RESULTS.where(failed > TRIALS, diffrax.RESULTS.nonfinite, diffrax.RESULTS.successful)  # pyright: ignore
-        result = diffrax.RESULTS.where(result == diffrax.RESULTS.successful, stuck, result)
-        return keep & ~bad, left, right, jump, (inner, failed, until), result
+        result = diffrax.RESULTS.where(good, decided[5], stuck)
+        return keep, left, right, jump, (inner, failed, until), result
+
+
+def _finite(tree: Any) -> Any:
+    """Whether all of a tree is finite, in one pass: infinity times zero is NaN, and NaN stays."""
+    total = sum(jnp.sum(x * 0) for x in jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array)))
+    return jnp.isfinite(total)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..._results import SolveError, is_okay, message_of
 from ...data import SeriesBatch, TimeSeries
 from ...equations import AbstractEquation
-from ...paths._controls import linear_control
+from ...paths import linear_control
 from ...solving import Solution, solve
 from ...training import Prediction
 from .._checks import check_size
