@@ -98,3 +98,12 @@ lax_while_loop = ft.partial(eqxi.while_loop, kind="lax")
 def is_save_state(x: Any) -> bool:
     """Whether ``x`` is what diffrax's loop carries for one ``SubSaveAt``."""
     return isinstance(x, SaveState)
+
+
+buffer_at_set = eqxi.buffer_at_set
+"""Write one row of an array that a loop carries, whether or not the loop treats it as a buffer."""
+
+
+def is_buffer(x: Any) -> bool:
+    """Whether ``x`` is what an equinox loop makes of an array that it updates in place."""
+    return type(x).__name__ == "_Buffer"

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._compat import is_save_state, lax_while_loop
+from .._compat import buffer_at_set, is_buffer, is_save_state, lax_while_loop
 from ..walking import prepare_solver
+from ._sweep import Lane, Record, sweep
 from ._within_diffrax import CHUNK, Steps, walk_steps
 
 # What diffrax hands to an adjoint but its own loop does not take.
@@ -59,17 +60,6 @@ def may_jump(controller: Any) -> bool:
     return True
 
 
-class Record(eqx.Module):
-    """The start of every accepted step; every leaf leads with the length of the record."""
-
-    tprev: Any
-    tnext: Any
-    jump: Any
-    y: Any
-    solver_state: Any
-    saved: Any
-
-
 def _saves(state: Any) -> list[Any]:
     return jtu.tree_leaves(state.save_state, is_leaf=is_save_state)
 
@@ -92,33 +82,22 @@ def run_recording(
         def step(carry: tuple[Any, Record]) -> tuple[Any, Record]:
             state, record = carry
             at = state.num_accepted_steps
-            record = jtu.tree_map(lambda r, x: r.at[at].set(x, mode="drop"), record, _snapshot(state))
+            record = jtu.tree_map(lambda x, r: buffer_at_set(r, at, x), _snapshot(state), record)
             return body(state), record
 
         state, record = lax_while_loop(
-            lambda c: cond(c[0]), step, (init, empty), max_steps=max_steps, buffers=lambda c: buffers(c[0])
+            lambda c: cond(c[0]),
+            step,
+            (init, empty),
+            max_steps=max_steps,
+            # Under vmap a loop selects between old and new for every lane; a buffer does so for the row it writes.
+            buffers=lambda c: (buffers(c[0]), jtu.tree_leaves(c[1], is_leaf=is_buffer)),
         )
         records.append(record)
         return state
 
     final, _ = adjoint._loop(**kwargs, init_state=state, inner_while_loop=lax_while_loop, outer_while_loop=outer)
     return final, records[0]
-
-
-def _inexact(tree: Any) -> Any:
-    return eqx.filter(tree, eqx.is_inexact_array)
-
-
-def _zeros(tree: Any) -> Any:
-    return jtu.tree_map(jnp.zeros_like, tree)
-
-
-def _add(a: Any, b: Any) -> Any:
-    return jtu.tree_map(jnp.add, a, b)
-
-
-def _where(keep: Any, tree: Any) -> Any:
-    return jtu.tree_map(lambda x: jnp.where(keep, x, 0), tree)
 
 
 def _freeze(tree: Any) -> Any:
@@ -188,84 +167,34 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
                 "steps_per_interval= instead of an adaptive stepsize_controller."
             )
         wanted = lambda tree, mask: jtu.tree_map(lambda x, m: x if m is True else None, tree, mask)
-        step_d, save_d = wanted(step, perturbed[0]), wanted(save, perturbed[1])
-        ct_ys = [
-            jtu.tree_map(lambda y, g: jnp.zeros_like(y) if g is None else g, s.ys, g)
-            for s, g in zip(_saves(final), grads[0])
-        ]
-
-        def save_vjp(k: int, t: Any, y: Any, ct: Any) -> tuple[Any, Any]:
-            """Pull the cotangent of what sub k saved at (t, y) back to what its function holds, and to y."""
-            _, pull = jax.vjp(lambda s, y: eqx.combine(s, save)(t, y)[k], save_d, y)
-            return pull(ct)
-
-        count, starts = final.num_accepted_steps, [1 if sub.t0 else 0 for sub in subs]
-        at = lambda tree, i: jtu.tree_map(lambda x: x[i], tree)
-        ct_y, ct_save = _zeros(y0), _zeros(save_d)
-        for k, sub in enumerate(subs):
-            if sub.t1 and sub.steps != 1:
-                last = at(ct_ys[k], _saves(final)[k].save_index - 1)
-                if sub.steps:
-                    last = _where(count % sub.steps != 0, last)
-                a, b = save_vjp(k, final.tprev, final.y, last)
-                ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
-
-        def pull_times(k: int, i: Any, tprev: Any, tnext: Any, dense: Any, ct: tuple[Any, Any]) -> tuple[Any, Any]:
-            """Cotangents of the times that sub k saved within step i, pulled back to its dense information."""
-            dense_d, dense_n = eqx.partition(dense, eqx.is_inexact_array)
-            low = record.saved[k][i]
-            after = record.saved[k][jnp.minimum(i + 1, length - 1)]
-            high = jnp.where(i + 1 < count, after, _saves(final)[k].saveat_ts_index)
-
-            def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-                j, ct_dense, ct_save = carry
-                t = ts[k][j]
-
-                def interpolate(d: Any) -> Any:
-                    info = eqx.combine(d, dense_n)
-                    return solver.interpolation_cls(t0=tprev, t1=tnext, **info).evaluate(t)
-
-                y, pull = jax.vjp(interpolate, dense_d)
-                a, b = save_vjp(k, t, y, at(ct_ys[k], starts[k] + j))
-                return j + 1, _add(ct_dense, pull(b)[0]), _add(ct_save, a)
-
-            _, ct_dense, ct_save = jax.lax.while_loop(lambda c: c[0] < high, one, (low, *ct))
-            return ct_dense, ct_save
-
-        def body(carry: Any) -> Any:
-            i, ct_y, ct_state, ct_step, ct_save = carry
-            now = at(record, i)
-            state_d, state_n = eqx.partition(now.solver_state, eqx.is_inexact_array)
-
-            def one(step_d: Any, y: Any, s: Any) -> Any:
-                out = eqx.combine(step_d, step)(y, eqx.combine(s, state_n), now.tprev, now.tnext, now.jump)
-                return out[0], _inexact(out[1]), _inexact(out[2])
-
-            (y1, _, dense), pull = jax.vjp(one, step_d, now.y, state_d)
-            ct_dense = _zeros(dense)
-            for k, sub in enumerate(subs):
-                if sub.ts is not None:
-                    ct_dense, ct_save = pull_times(k, i, now.tprev, now.tnext, dense, (ct_dense, ct_save))
-                if sub.steps:
-                    hit = (i + 1) % sub.steps == 0
-                    ct = at(ct_ys[k], starts[k] + (i + 1) // sub.steps - 1)
-                    a, b = save_vjp(k, now.tnext, y1, _where(hit, ct))
-                    ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
-            a, ct_y, ct_state = pull((ct_y, ct_state, ct_dense))
-            return i - 1, ct_y, ct_state, _add(ct_step, a), ct_save
-
-        ct_state = _zeros(_inexact(solver_state0))
-        start = (jnp.minimum(count, length) - 1, ct_y, ct_state, _zeros(step_d), ct_save)
-        _, ct_y, ct_state, ct_step, ct_save = jax.lax.while_loop(lambda c: c[0] >= 0, body, start)
-        for k, sub in enumerate(subs):
-            if sub.t0:
-                a, b = save_vjp(k, t0, y0, at(ct_ys[k], 0))
-                ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
-        # A record that overflowed must never pass for a gradient.
-        spoil = lambda tree: jtu.tree_map(lambda x: jnp.where(count > length, jnp.nan, x), tree)
-        out = (ct_step, ct_save, ct_y, ct_state)
-        like = lambda ct, x: eqx.combine(spoil(ct), jtu.tree_map(lambda _: None, x))
-        return (*(like(ct, x) for ct, x in zip(out, inputs[:4])), jtu.tree_map(lambda _: None, inputs[4]))
+        saves = _saves(final)
+        lane = Lane(
+            step=step,
+            save=save,
+            step_d=wanted(step, perturbed[0]),
+            save_d=wanted(save, perturbed[1]),
+            record=record,
+            y0=y0,
+            solver_state0=solver_state0,
+            t0=t0,
+            ts=ts,
+            count=final.num_accepted_steps,
+            last=(final.tprev, final.y),
+            saved=tuple(s.saveat_ts_index for s in saves),
+            index=tuple(s.save_index for s in saves),
+            ct=tuple(
+                jtu.tree_map(lambda y, g: jnp.zeros_like(y) if g is None else g, s.ys, g)
+                for s, g in zip(saves, grads[0])
+            ),
+            jumps=jumps,
+            subs=tuple((sub.t0, sub.t1, sub.steps) for sub in subs),
+            interpolation=solver.interpolation_cls,
+        )
+        like = lambda ct, x: eqx.combine(ct, jtu.tree_map(lambda _: None, x))
+        return (
+            *(like(ct, x) for ct, x in zip(sweep(lane), inputs[:4])),
+            jtu.tree_map(lambda _: None, inputs[4]),
+        )
 
     inputs = (step, save, state.y, state.solver_state, times)
     ys, overflow = attach(inputs, found, record, final)

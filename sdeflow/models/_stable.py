@@ -116,17 +116,18 @@ class NeuralLangevinSDE(AbstractStableSDE):
     r"""A Langevin equation with learned parts, driven by data: dz = gamma(zeta(z, X(t))) dt + sigma(t) dW (Ito).
 
     The noise is additive and the drift has no explicit time: what happens in time happens in the control X, which
-    enters by its value. zeta is affine and gamma a network, so the drift is Lipschitz and a unique strong solution
-    exists; being additive, the noise means the same in the Ito and the Stratonovich sense, and every solver will do.
+    enters by its value. zeta is affine and gamma a bounded network, so the drift is bounded and Lipschitz, and so is
+    sigma: a unique strong solution exists, and neither noise nor long steps make it explode. Being additive, the noise
+    means the same in the Ito and the Stratonovich sense, and every solver will do.
 
     Arguments:
         state_size: H, the length of z.
         control_size: C, the length of X(t); 0 for an equation without a control.
         width, depth: hidden layers of gamma.
-        mode: "pure" is what the theorems are about. "benchmark" repeats the published experiments: relu networks,
-            tanh around drift and diffusion, sin t and cos t for the time.
-        rate: a constant factor of gamma, 20 by default (1 in the benchmark mode). Times of `sdeflow.data.TimeSeries`
-            are at most 1 long, and in that time a state has to take in many observations.
+        mode: "pure" is what the theorems are about; "benchmark" repeats the published experiments, with relu networks
+            and sin t and cos t for the time.
+        rate: the largest speed of a state, 20 by default (1 in the benchmark mode). Series of
+            `sdeflow.data.TimeSeries` are at most 1 long, and in that time a state has to take in many observations.
         sigma_min, sigma_max: the bounds of sigma in the pure mode.
         key: a JAX random key for the initial weights.
 
@@ -134,14 +135,11 @@ class NeuralLangevinSDE(AbstractStableSDE):
         ValueError: for a size out of range, another mode, a rate that is not positive, or bounds out of order.
 
     Example:
-        >>> import diffrax, jax, jax.numpy as jnp, sdeflow as sf
-        >>> from sdeflow.models import NeuralLangevinSDE
-        >>> from sdeflow.paths import linear_control
-        >>> model = NeuralLangevinSDE(8, control_size=2, key=jax.random.key(0))
-        >>> times = jnp.array([0.0, 0.2, 1.0])
-        >>> control = linear_control(times, jnp.array([[0.0, 1.0], [jnp.nan, 2.0], [1.0, 0.0]]))
-        >>> sol = sf.solve(model, jnp.zeros(8), times, args=control, solver=diffrax.Euler(), key=jax.random.key(1))
-        >>> sol.ys.shape
+        >>> import jax, jax.numpy as jnp, sdeflow as sf
+        >>> sde = sf.models.NeuralLangevinSDE(8, control_size=2, key=jax.random.key(0))
+        >>> ts = jnp.array([0.0, 0.2, 1.0])
+        >>> control = sf.paths.linear_control(ts, jnp.array([[0.0, 1.0], [jnp.nan, 2.0], [1.0, 0.0]]))
+        >>> sf.solve(sde, jnp.zeros(8), ts, args=control, dt0=0.1, key=jax.random.key(1)).ys.shape
         (3, 8)
     """
 

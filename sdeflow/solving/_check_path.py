@@ -49,8 +49,10 @@ def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | 
         and grid.is_concrete
     ):
         shortest = float(np.abs(np.asarray(grid.right) - np.asarray(grid.left)).min())
-        if float(path.tol) > shortest / 2 * (1 + 1e-5):
+        # The tree keeps its tolerance as a fraction of the interval that it covers.
+        tol = float(path.tol) * (high - low)
+        if tol > shortest / 2 * (1 + 1e-5):
             raise ValueError(
-                f"The VirtualBrownianTree's tol={float(path.tol):g} is more than half of the shortest step "
+                f"The VirtualBrownianTree's tol={tol:g} is more than half of the shortest step "
                 f"{shortest:g}, so its increments would have the wrong statistics: make tol smaller."
             )

@@ -39,7 +39,7 @@ from ._solution import Solution, failure, with_finite_check
 
 
 def solve(
-    equation: AbstractEquation | diffrax.AbstractTerm,
+    equation: AbstractEquation | diffrax.AbstractTerm | tuple[diffrax.AbstractTerm, ...],
     y0: PyTree,
     ts: Array | np.ndarray | Sequence[float],
     *,
@@ -66,7 +66,7 @@ def solve(
     ``rtol=1e-3, atol=1e-6``, and a stochastic one is an error that asks for ``dt0``.
 
     Arguments:
-        equation: what moves: an equation of sdeflow, or raw diffrax terms.
+        equation: what moves: an equation of sdeflow, or raw diffrax terms (a tuple for solvers that split them).
         y0: the start, an array or a tree of floating arrays.
         ts: shape (n,), the requested times, strictly increasing or (in reverse time) decreasing, from the start on.
             Inside ``jit`` make it with NumPy, or give ``grid`` or ``steps_per_interval``; only then may it be traced,
@@ -107,12 +107,12 @@ def solve(
     dtype = jnp.finfo(jnp.result_type(*jtu.tree_leaves(y0))).dtype
     if regularisers:
         raise ValueError(f"No regulariser is known to this version of sdeflow, got {tuple(regularisers)!r}.")
-    if not isinstance(equation, AbstractEquation | diffrax.AbstractTerm):
+    raw = _is_terms(equation)
+    if not raw and not isinstance(equation, AbstractEquation):
         raise TypeError(
             f"equation must be an sdeflow equation or diffrax terms, got {type(equation).__name__}: "
             "wrap a drift and a diffusion as sf.SDE(drift, diffusion), a vector field as sf.ODE(vector_field)."
         )
-    raw = isinstance(equation, diffrax.AbstractTerm)
     stochastic = not raw and equation.is_stochastic  # pyright: ignore
     ts = _check_ts(ts, traced_ok=grid is not None or steps_per_interval is not None or path is not None)
     choices: list[tuple[str, str]] = []
@@ -155,6 +155,9 @@ def solve(
             )
     else:
         steps = plan(ts, dt0, grid, steps_per_interval, path, dtype)
+        if raw:
+            # A path within the terms has a grid of its own, which need not be that of the steps.
+            steps = steps._replace(own_grid=False)
         choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
     if path is not None:
         check_path(path, solver, ts, None if steps is None else steps.grid)
@@ -216,7 +219,7 @@ def _run(
             )  # fmt: skip
         else:
             path = GridBrownian(steps.grid, structure, key=key, levy_area=levy_area_for(solver), storage=storage)  # pyright: ignore
-    terms = equation if isinstance(equation, diffrax.AbstractTerm) else equation.terms(path)
+    terms = equation if _is_terms(equation) else equation.terms(path)
 
     if steps is not None:
         solver = resolve_tolerances(solver, dtype)
@@ -260,6 +263,12 @@ def _walk(
     nfe = None if cost is None else count * cost[0] + cost[1]
     result = RESULTS.successful if carry.result is None else carry.result
     return ys, carry.y, {"num_steps": jnp.asarray(count), "nfe": None if nfe is None else jnp.asarray(nfe)}, result
+
+
+def _is_terms(equation: Any) -> bool:
+    """Whether this is what a diffrax solver takes: a term, or for split methods a tuple of terms."""
+    one = lambda x: isinstance(x, diffrax.AbstractTerm)
+    return one(equation) or (isinstance(equation, tuple) and len(equation) > 0 and all(map(one, equation)))
 
 
 def _check_y0(y0: Any) -> Any:

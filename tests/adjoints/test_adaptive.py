@@ -58,7 +58,7 @@ def _start(dtype=jnp.float64):
 
 def _saveat(theta):
     inner = jnp.array([0.0, 0.2, 0.45, 0.46, 0.99])
-    fn = lambda t, y, args: {"x": jnp.sin(theta * y["a"]) * args + t}
+    fn = lambda t, y, args: {"x": jnp.sin(theta * y["a"]) * args + t, "z": y["b"] * args}
     sub = dfx.SubSaveAt
     asked = (
         sub(t0=True),

@@ -94,9 +94,7 @@ def test_padding_twice_is_padding_once():
 
 
 def test_padding_keeps_jumps():
-    bare = Grid(
-        np.array([0.0, 1.0]), np.array([1.0, 2.0]), np.ones(2, bool), np.array([0, 2]), np.array([False, True])
-    )
+    bare = Grid(np.array([0.0, 1.0]), np.array([1.0, 2.0]), np.ones(2, bool), np.array([0, 2]), np.array([False, True]))
     assert bare.pad(4).jump.tolist() == [False, True, True, True]
 
 

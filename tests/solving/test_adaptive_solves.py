@@ -169,25 +169,12 @@ def test_stochastic_solvers_run_backwards_reach_e_where_the_noise_is_nought(name
 
 @pytest.mark.parametrize("name", _marked(["ShARK", "SRA1", "SEA", "SPaRK"]))
 def test_additive_noise_run_backwards_returns_to_where_it_came_from(name):
-    # There and back along one path: forwards, then the same increments from the end with the order of rows reversed.
-    n = 64
-    up, down = sf.grids.uniform(0.0, 1.0, n), sf.grids.uniform(1.0, 0.0, n)
+    # There and back along one path of a tree, which knows every increment.
+    area = dfx.SpaceTimeLevyArea
+    path = dfx.VirtualBrownianTree(0.0, 1.0, 2**-9, (2,), key=jax.random.key(5), levy_area=area)
     equation = sf.SDE(lambda t, y, args: jnp.cos(3 * t) - y, lambda t, y, args: (1 + t) * jnp.ones_like(y), additive=True)
-    there = sf.paths.GridBrownian(up, (2,), key=jax.random.key(5), levy_area=dfx.SpaceTimeLevyArea)
-    # Reversal in time of one row: W is its own negative as seen from the other end, H is mirrored about the bridge.
-    table = jax.tree.map(lambda x: x[::-1], there.table)
-    back = sf.paths.GridBrownian(down, (2,), key=jax.random.key(5), levy_area=dfx.SpaceTimeLevyArea)
-    import equinox as eqx
-
-    back = eqx.tree_at(
-        lambda p: (p.table.W, p.table.H, p.table.dt), back, (-table.W, _mirrored(table), -table.dt)
-    )
-    y0, solver = jnp.array([0.3, -1.0]), getattr(dfx, name)()
-    end = sf.solve(equation, y0, [0.0, 1.0], path=there, solver=solver).final
-    start = sf.solve(equation, end, [1.0, 0.0], path=back, solver=solver).final
+    y0, kwargs = jnp.array([0.3, -1.0]), {"path": path, "solver": getattr(dfx, name)()}
+    end = sf.solve(equation, y0, [0.0, 1.0], dt0=1 / 64, **kwargs).final
+    start = sf.solve(equation, end, [1.0, 0.0], dt0=-1 / 64, **kwargs).final
     assert np.abs(np.asarray(end - y0)).min() > 0.1
     np.testing.assert_allclose(start, y0, atol=3e-2 if name == "SEA" else 1e-3)
-
-
-def _mirrored(row):
-    return row.H

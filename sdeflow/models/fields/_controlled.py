@@ -22,11 +22,12 @@ def _identity(x: Array) -> Array:
 class ControlledDrift(eqx.Module):
     r"""rate gamma(zeta([tau(t),] z, x)) with zeta affine and gamma a network; x is the value of the control.
 
-        "pure":      gamma = MLP(lipswish),           tau = t / (1 + |t|)
+        "pure":      gamma = tanh(MLP(lipswish)),     tau = t / (1 + |t|)
         "benchmark": gamma = tanh(MLP(relu)(relu)),   tau = (sin t, cos t)
 
-    The first is Lipschitz in z and x and grows at most linearly. The second, that of the published experiments, is
-    bounded by 1 and has one more affine map in front of zeta.
+    Both are Lipschitz in z and x, and no entry exceeds the rate: however large the weights, the steps or the control,
+    the state grows at most linearly in time. The second is that of the published experiments, with one more affine
+    map in front of zeta; the first is also smooth.
 
     Arguments:
         state_size: H, the length of z and of the output.
@@ -34,7 +35,7 @@ class ControlledDrift(eqx.Module):
         sees_time: whether zeta is given the time.
         width, depth: hidden layers of gamma; in the benchmark mode the output of zeta counts as the first.
         mode: "pure" or "benchmark".
-        rate: a constant factor, which sets the unit of time; by default 20, and 1 in the benchmark mode.
+        rate: the largest speed; by default 20, and 1 in the benchmark mode.
         key: a JAX random key for the initial weights.
 
     Raises:
@@ -53,7 +54,6 @@ class ControlledDrift(eqx.Module):
     zeta: eqx.nn.Linear
     gamma: MLP
     first: Callable
-    final: Callable
     time: Callable | None
     rate: float = eqx.field(static=True)
 
@@ -85,7 +85,7 @@ class ControlledDrift(eqx.Module):
         self.zeta = eqx.nn.Linear(2 * size if channels else size, size, key=zeta)
         layers, activation = (depth - 1, jax.nn.relu) if published else (depth, lipswish)
         self.gamma = MLP(size, size, width=width, depth=layers, activation=activation, key=gamma)
-        self.first, self.final = (jax.nn.relu, jnp.tanh) if published else (_identity, _identity)
+        self.first = jax.nn.relu if published else _identity
         self.rate = rate
 
     def __call__(self, z: Float[Array, " H"], x: Float[Array, " C"] | None = None, t: Any = None) -> Float[Array, " H"]:
@@ -93,4 +93,4 @@ class ControlledDrift(eqx.Module):
         a = z if self.time is None else jnp.concatenate([self.time(t), z])
         a = a if self.lift is None else self.lift(a)
         mixed = a if self.embed is None else jnp.concatenate([a, self.embed(x)])
-        return self.rate * self.final(self.gamma(self.first(self.zeta(mixed))))
+        return self.rate * jnp.tanh(self.gamma(self.first(self.zeta(mixed))))

@@ -1,4 +1,4 @@
-"""One number for each series, made of its id: what is folded into a key to give the series noise of its own."""
+"""One number for each series, made of its id, to fold into a key: noise that belongs to the series."""
 
 from collections.abc import Hashable, Sequence
 
@@ -9,8 +9,14 @@ from ...data._random import digest
 
 
 def series_numbers(ids: Sequence[Hashable]) -> UInt[np.ndarray, " N"]:
-    """Shape (N,). An id that is a number in [0, 2^31) stands for itself, so that the ids which a data set gives by
-    default agree with the positions that batches carry; any other id is hashed.
+    """Shape (N,): an id that is an integer in [0, 2^31) stands for itself, any other is hashed to [2^31, 2^32).
+
+    So the ids that a data set gives by default agree with the positions that its batches carry.
+
+    Example:
+        >>> from sdeflow.models.series._keys import series_numbers
+        >>> series_numbers([3, 0]).tolist(), int(series_numbers(["patient 7"])[0]) >= 2**31
+        ([3, 0], True)
     """
     return np.array([_number(x) for x in ids], np.uint32)
 

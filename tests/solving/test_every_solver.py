@@ -1,0 +1,293 @@
+"""Every solver of diffrax goes through ``solve`` on fixed steps, with the numbers and gradients of ``diffeqsolve``.
+
+The explicit ones are in the battery (``helpers/battery.py``); here are the rest: implicit ones, split terms, Langevin
+solvers, wrapped ones. ``pytest -s`` prints the table.
+"""
+
+import dataclasses
+import functools
+import inspect
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+from helpers.battery import CASES as BATTERY
+from helpers.stats import assert_mean, assert_variance
+
+import sdeflow as sf
+
+pytestmark = pytest.mark.usefixtures("x64_module")
+
+KNOTS = np.array([0.0, 0.1, 0.3, 0.45, 0.8, 1.0])
+
+
+def _ode(theta):
+    return sf.ODE(_stiff(theta))
+
+
+def _stiff(theta):
+    return lambda t, y, args: -3 * args * (y - jnp.cos(theta * t)) - theta * jnp.sin(y[::-1])
+
+
+def _split(theta):
+    slow = lambda t, y, args: theta * jnp.sin(2 * t + y[::-1])
+    stiff = lambda t, y, args: -4 * args * y * (1 + y**2)
+    return dfx.MultiTerm(dfx.ODETerm(slow), dfx.ODETerm(stiff))
+
+
+def _symplectic(theta):
+    position = dfx.ODETerm(lambda t, v, args: v * theta)
+    velocity = dfx.ODETerm(lambda t, x, args: -args * jnp.sin(x))
+    return (position, velocity)
+
+
+def _noise(shape, area):
+    return sf.paths.GridBrownian(_grid(), shape, key=jax.random.key(2), levy_area=area)
+
+
+def _grid():
+    return sf.grids.through(KNOTS, 1.0)
+
+
+def _oscillator(theta):
+    # The friction of a unit step lies on either side of where the solvers turn to Taylor series.
+    return sf.equations.UnderdampedLangevin(
+        lambda x: theta * jnp.sum(jnp.cosh(x)), friction=0.6 * theta, temperature=0.5 + theta
+    )
+
+
+def _raw_oscillator(theta):
+    path = _noise((2,), dfx.SpaceTimeTimeLevyArea)
+    gradient = lambda x, args: args * jnp.sin(x) + x
+    return dfx.MultiTerm(
+        dfx.UnderdampedLangevinDriftTerm(jnp.asarray(1.4), jnp.asarray(0.3) * theta, gradient),
+        dfx.UnderdampedLangevinDiffusionTerm(jnp.asarray(1.4), jnp.asarray(0.3) * theta, path),  # pyright: ignore
+    )
+
+
+def _multiplicative(theta):
+    return sf.SDE(
+        lambda t, y, args: -args * y + jnp.cos(theta * t),
+        lambda t, y, args: 0.3 + 0.2 * jnp.sin(theta * y + t),
+        interpretation="ito",
+    )
+
+
+# name -> solver, equation or terms, kind of start, Levy area of the path (None: no path, or it is within the terms).
+TABLE = {
+    "Dopri5": (dfx.Dopri5(), _ode, "plane", None),
+    "ImplicitEuler": (dfx.ImplicitEuler(), _ode, "plane", None),
+    "Kvaerno3": (dfx.Kvaerno3(), _ode, "plane", None),
+    "Kvaerno4": (dfx.Kvaerno4(), _ode, "plane", None),
+    "Kvaerno5": (dfx.Kvaerno5(), _ode, "plane", None),
+    "KenCarp3": (dfx.KenCarp3(), _split, "plane", None),
+    "KenCarp4": (dfx.KenCarp4(), _split, "plane", None),
+    "KenCarp5": (dfx.KenCarp5(), _split, "plane", None),
+    "Sil3": (dfx.Sil3(), _split, "plane", None),
+    "SemiImplicitEuler": (dfx.SemiImplicitEuler(), _symplectic, "pair", None),
+    "ALIGN": (dfx.ALIGN(0.1), _oscillator, "pair", dfx.SpaceTimeTimeLevyArea),
+    "ShOULD": (dfx.ShOULD(0.1), _oscillator, "pair", dfx.SpaceTimeTimeLevyArea),
+    "QUICSORT": (dfx.QUICSORT(0.1), _oscillator, "pair", dfx.SpaceTimeTimeLevyArea),
+    "ALIGN-raw": (dfx.ALIGN(0.1), _raw_oscillator, "pair", None),
+    "ShOULD-raw": (dfx.ShOULD(0.1), _raw_oscillator, "pair", None),
+    "QUICSORT-raw": (dfx.QUICSORT(0.1), _raw_oscillator, "pair", None),
+    "HalfSolver-Kvaerno3": (dfx.HalfSolver(dfx.Kvaerno3()), _ode, "plane", None),
+    "DiagonalMilstein": (sf.solvers.DiagonalMilstein(), _multiplicative, "plane", dfx.BrownianIncrement),
+}
+LIGHT = ("ImplicitEuler", "Kvaerno3", "Sil3", "SemiImplicitEuler", "ALIGN", "DiagonalMilstein")
+NAMES = [pytest.param(name, marks=[] if name in LIGHT else pytest.mark.slow) for name in TABLE]
+
+
+def _starts(kind):
+    y0 = jnp.array([0.3, -0.7])
+    if kind == "pair":
+        y0 = (y0, jnp.array([0.2, 0.4]))
+    return y0, jnp.array(1.3), jnp.array(0.8)
+
+
+def _weighted(ys):
+    return sum((jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x**2).sum() for x in jax.tree.leaves(ys))
+
+
+def _with_tolerances(solver):
+    """What ``solve`` is to give implicit solvers on fixed steps, written out."""
+    if isinstance(solver, dfx.HalfSolver):
+        return dfx.HalfSolver(_with_tolerances(solver.solver))
+    if not isinstance(solver, dfx.AbstractImplicitSolver):
+        return solver
+    finder = dataclasses.replace(solver.root_finder, rtol=1e-8, atol=1e-10, norm=optx.rms_norm)
+    return dataclasses.replace(solver, root_finder=finder)
+
+
+@functools.cache
+def _ours(name):
+    solver, build, kind, area = TABLE[name]
+
+    def loss(y0, args, theta):
+        kwargs = {"path": _noise((2,), area)} if area else {}
+        sol = sf.solve(build(theta), y0, KNOTS, args=args, solver=solver, grid=_grid(), **kwargs)
+        return _weighted(sol.ys), sol.ys
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*_starts(kind))
+
+
+@functools.cache
+def _theirs(name):
+    solver, build, kind, area = TABLE[name]
+
+    def loss(y0, args, theta):
+        terms = build(theta)
+        if isinstance(terms, sf.equations.AbstractEquation):
+            terms = terms.terms(_noise((2,), area) if area else None)
+        half = isinstance(solver, dfx.HalfSolver)
+        sol = dfx.diffeqsolve(
+            terms, _with_tolerances(solver), 0.0, 1.0, None, y0, args, saveat=dfx.SaveAt(t0=True, steps=True),
+            stepsize_controller=dfx.StepTo(jnp.asarray(KNOTS)), max_steps=5,
+            adjoint=dfx.RecursiveCheckpointAdjoint() if half else dfx.ForwardMode(),
+        )  # fmt: skip
+        return _weighted(sol.ys), sol.ys
+
+    if isinstance(solver, dfx.HalfSolver):
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*_starts(kind))
+    grads, ys = jax.jit(jax.jacfwd(loss, argnums=(0, 1, 2), has_aux=True))(*_starts(kind))
+    return (_weighted(ys), ys), grads
+
+
+def _gap(a, b):
+    pairs = [(np.asarray(x), np.asarray(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    assert all(np.isfinite(x).all() and np.isfinite(y).all() for x, y in pairs)
+    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solve_equals_diffeqsolve_in_value_and_gradient(name):
+    ((_, ys), grads), ((_, ys_r), grads_r) = _ours(name), _theirs(name)
+    value, gradient = _gap(ys, ys_r), _gap(grads, grads_r)
+    print(f"{name:22} value {value:8.1e}   gradient {gradient:8.1e}")
+    assert value < 1e-12
+    assert gradient < 1e-12
+    assert all(np.abs(np.asarray(g)).min() > 1e-4 for g in jax.tree.leaves(grads)), "a gradient that is nought proves nothing"
+
+
+def test_no_solver_of_diffrax_is_forgotten():
+    def concrete(cls):
+        return inspect.isclass(cls) and issubclass(cls, dfx.AbstractSolver) and not cls.__name__.startswith("Abstract")
+
+    every = {name for name, cls in vars(dfx).items() if concrete(cls)}
+    tried = {type(solver).__name__ for solver, *_ in TABLE.values()} | {type(c.solver).__name__ for c in BATTERY.values()}
+    assert every <= tried
+
+
+# Fixed steps know no tolerances, so an implicit solver is given some: its answer must not depend on which.
+@pytest.mark.parametrize("name", ["ImplicitEuler", pytest.param("Kvaerno5", marks=pytest.mark.slow)])
+def test_the_tolerances_of_fixed_steps_are_tight_enough(name):
+    solver, build, kind, _ = TABLE[name]
+    y0, args, theta = _starts(kind)
+    tight = dataclasses.replace(solver, root_finder=optx.Newton(1e-13, 1e-13, norm=optx.rms_norm))
+    exact = sf.solve(build(theta), y0, KNOTS, args=args, solver=tight).ys
+    np.testing.assert_allclose(_ours(name)[0][1], exact, rtol=0, atol=1e-7)
+
+
+def test_implicit_euler_is_the_closed_form():
+    sol = sf.solve(sf.ODE(lambda t, y, r: -r * y), jnp.array(2.0), [0.0, 1.0], args=50.0, dt0=0.1, solver=dfx.ImplicitEuler())
+    np.testing.assert_allclose(sol.final, 2.0 * 6.0**-10, rtol=1e-6)
+
+
+# y' = 0.3 + y^2 by implicit Euler with steps of one half: y = b + h (0.3 + y^2) soon has no real root.
+def _rootless(throw, solver=None):
+    return sf.solve(
+        sf.ODE(lambda t, y, args: 0.3 + y**2), jnp.array(0.2), np.linspace(0.0, 3.0, 7),
+        solver=dfx.ImplicitEuler() if solver is None else solver, throw=throw,
+    )  # fmt: skip
+
+
+def test_a_step_without_a_root_freezes_the_path_and_is_reported():
+    # Newton's method finds every root that there is.
+    sol = _rootless(throw=False, solver=dfx.ImplicitEuler(root_finder=optx.Newton(1e-9, 1e-9, norm=optx.rms_norm)))
+    assert not sf.is_okay(sol.result)
+    assert sol.result == sf.RESULTS.nonlinear_divergence or sol.result == sf.RESULTS.nonlinear_max_steps_reached
+    ys, b = np.asarray(sol.ys), 0.2
+    roots = [b]
+    while 1 - 2 * (b + 0.15) >= 0:
+        # The smaller root of h y^2 - y + b + 0.3 h = 0 with h = 1/2.
+        b = 1 - np.sqrt(1 - 2 * (b + 0.15))
+        roots.append(b)
+    assert 1 < len(roots) < 7
+    np.testing.assert_allclose(ys[: len(roots)], roots, rtol=1e-5)
+    assert (ys[len(roots) :] == ys[len(roots) - 1]).all(), "after the failure the path stays where it was"
+    assert sol.final == ys[-1]
+    with pytest.raises(sf.SolveError, match="(?i)nonlinear"):
+        _rootless(throw=True)
+
+
+def test_the_failed_step_is_that_of_diffeqsolve():
+    solver = _with_tolerances(dfx.ImplicitEuler())
+    theirs = dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, args: 0.3 + y**2), solver, 0.0, 3.0, None, jnp.array(0.2), throw=False, max_steps=6,
+        stepsize_controller=dfx.StepTo(jnp.linspace(0.0, 3.0, 7)), saveat=dfx.SaveAt(t0=True, steps=True),
+    )  # fmt: skip
+    ours = _rootless(throw=False)
+    assert sf.RESULTS.promote(theirs.result) == ours.result
+    reached = np.isfinite(theirs.ys)
+    assert 1 < reached.sum() < 7
+    same = np.asarray(theirs.ys)[reached] == np.asarray(ours.ys)[reached]
+    # Diffrax saves the failed trial as its last state; before it all states agree.
+    assert same[:-1].all()
+
+
+def test_in_a_batch_only_the_path_without_a_root_fails():
+    run = lambda c: sf.solve(
+        sf.ODE(lambda t, y, c: c + c * y**2), jnp.array(0.2), np.linspace(0.0, 1.0, 3), args=c, solver=dfx.ImplicitEuler(),
+        throw=False,
+    )  # fmt: skip
+    sol = jax.jit(jax.vmap(run))(jnp.array([0.1, 3.0, 0.2]))
+    assert np.asarray(sf.is_okay(sol.result)).tolist() == [True, False, True]
+    alone = run(jnp.array(0.1))
+    np.testing.assert_allclose(sol.final[0], alone.final, rtol=1e-8)
+
+
+@functools.cache
+def _half(path_of):
+    equation = sf.SDE(
+        lambda t, y, args: jnp.zeros_like(y), lambda t, y, args: jnp.ones_like(y), interpretation="stratonovich", additive=True
+    )
+
+    def final(key):
+        sol = sf.solve(equation, jnp.zeros(8), [0.0, 1 / 16], solver=dfx.HalfSolver(dfx.EulerHeun()), path=path_of(key), throw=False)
+        return sol.final, sf.is_okay(sol.result)
+
+    return jax.jit(jax.vmap(final))(jax.random.split(jax.random.key(0), 1000))
+
+
+def test_half_steps_on_a_tree_have_the_variance_of_the_whole_step():
+    final, okay = _half(lambda key: dfx.VirtualBrownianTree(0.0, 1 / 16, 1 / 256, (8,), key=key))
+    assert okay.all()
+    assert_mean(final, 0.0)
+    assert_variance(final, 1 / 16, 0.0)
+
+
+def test_half_steps_on_noise_that_knows_no_halves_are_reported():
+    grid = sf.grids.uniform(0.0, 1 / 16, 1)
+    final, okay = _half(lambda key: sf.paths.GridBrownian(grid, (8,), key=key))
+    assert not okay.any()
+    assert np.isnan(final).all()
+
+
+# Raw terms carry a path of their own, whose grid need not be that of the steps.
+@pytest.mark.parametrize("dt0", [0.2, 0.05])
+def test_raw_terms_whose_noise_lies_on_another_grid_are_never_given_its_rows(dt0):
+    path = sf.paths.GridBrownian(sf.grids.uniform(0.0, 1.0, 10), (3,), key=jax.random.key(0))
+    equation = sf.SDE(lambda t, y, args: -y, lambda t, y, args: jnp.ones_like(y), additive=True)
+    sol = sf.solve(equation.terms(path), jnp.zeros(3), [0.0, 1.0], dt0=dt0, solver=dfx.Euler(), throw=False)
+    assert sol.result == sf.RESULTS.nonfinite
+
+
+def test_raw_terms_on_the_grid_of_their_noise_are_the_equation():
+    path = sf.paths.GridBrownian(sf.grids.uniform(0.0, 1.0, 10), (3,), key=jax.random.key(0))
+    equation = sf.SDE(lambda t, y, args: -y, lambda t, y, args: jnp.ones_like(y), additive=True)
+    raw = sf.solve(equation.terms(path), jnp.zeros(3), [0.0, 1.0], dt0=0.1, solver=dfx.Euler()).final
+    ours = sf.solve(equation, jnp.zeros(3), [0.0, 1.0], path=path, solver=dfx.Euler()).final
+    np.testing.assert_allclose(raw, ours, rtol=1e-12)
