@@ -33,7 +33,7 @@ class Target:
 
 
 TARGETS = (
-    Target("1", "medium", gradient=False, bound=1.0),
+    Target("1", "medium", gradient=False, bound=1.05),
     Target("2", "medium", gradient=True, bound=1.05),
     Target("3", "small", gradient=False, bound=1.15),
     Target("4", "small", gradient=True, bound=1.15, limit_draws=False),

@@ -14,6 +14,7 @@ import sdeflow as sf
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 PID = dfx.PIDController(rtol=1e-4, atol=1e-6)
+LOOSE = dfx.PIDController(rtol=3e-2, atol=3e-2)
 TIMES = (0.0, 0.31, 0.9, 1.0)
 SUBS = ("t0", "t1", "ts", "steps", "thirds", "ends and thirds", "fn")
 CASES: dict[str, tuple[Any, str]] = {
@@ -24,10 +25,20 @@ CASES: dict[str, tuple[Any, str]] = {
     "SPaRK": (dfx.SPaRK(), "diagonal"),
     "Heun-sde": (dfx.Heun(), "diagonal"),
 }
-EVERY = [pytest.param(name, marks=[] if name in ("Tsit5", "ShARK") else pytest.mark.slow) for name in CASES]
 
 
-def _terms(noise, theta, dtype=jnp.float64):
+def _every(*default):
+    return [pytest.param(name, marks=[] if name in default else pytest.mark.slow) for name in CASES]
+
+
+def _controller(name):
+    return PID if CASES[name][1] == "none" else LOOSE
+
+
+def _terms(name, theta, dtype=jnp.float64):
+    solver, noise = CASES[name]
+    area = isinstance(solver, dfx.AbstractSRK)
+
     # Fast, then slow: the controller both rejects and grows. The state is a tree.
     def drift(t, y, args):
         fast = args * (jnp.cos(3 * t) - y["a"]) * (1 + 8 * jnp.exp(-20 * (t - 0.4) ** 2))
@@ -37,7 +48,7 @@ def _terms(noise, theta, dtype=jnp.float64):
     if noise == "none":
         return ode
     shape = {"a": jax.ShapeDtypeStruct((2,), dtype), "b": jax.ShapeDtypeStruct((), dtype)}
-    area = dfx.SpaceTimeLevyArea
+    area = dfx.SpaceTimeLevyArea if area else dfx.BrownianIncrement
     tree = dfx.VirtualBrownianTree(0.0, 1.0, 1e-3, shape, key=jax.random.key(3), levy_area=area)
     if noise == "additive":
         size = lambda t, y, args: {"a": 0.2 * jnp.array([1.0, theta], dtype) * args, "b": 0.3 * jnp.cos(theta * t)}
@@ -83,13 +94,11 @@ def _weighted(tree):
 
 @functools.cache
 def _program(name, adjoint):
-    solver, noise = CASES[name]
-
     def loss(start, chosen):
         y0, args, theta = start
         sol = dfx.diffeqsolve(
-            _terms(noise, theta), solver, 0.0, 1.0, 0.4, y0, args, saveat=_saveat(theta), stepsize_controller=PID,
-            adjoint=adjoint, max_steps=160, throw=False,
+            _terms(name, theta), CASES[name][0], 0.0, 1.0, 0.1, y0, args, saveat=_saveat(theta),
+            stepsize_controller=_controller(name), adjoint=adjoint, max_steps=160, throw=False,
         )  # fmt: skip
         each = jnp.stack([_weighted(sol.ys[sub]) for sub in SUBS])  # pyright: ignore
         return each @ chosen, (sol.ts, sol.ys, sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"])
@@ -112,7 +121,7 @@ def _alive(tree):
     return all(np.isfinite(x).all() and (np.abs(np.asarray(x)) > 1e-6).all() for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", _every("Tsit5"))
 def test_values_and_gradients_inside_diffeqsolve_equal_diffrax_whatever_is_saved(name):
     ours = _program(name, sf.adjoints.DiscreteAdjoint())
     theirs = _program(name, dfx.RecursiveCheckpointAdjoint())
@@ -125,18 +134,17 @@ def test_values_and_gradients_inside_diffeqsolve_equal_diffrax_whatever_is_saved
         assert sub == "t0" or _alive(grads[:2]), sub
     accepted, rejected = int(aux[2]), int(aux[3])
     assert accepted > 6
-    assert accepted % 3, "the last step must not be a third one, so that t1 is saved by itself"
+    assert name != "Tsit5" or accepted % 3, "the last step must not be a third one, so that t1 is saved by itself"
     assert rejected > 0, "a test of rejected steps must have some"
 
 
 @functools.cache
 def _solve_program(name, adjoint, **kwargs):
-    solver, noise = CASES[name]
-
     def loss(start):
         y0, args, theta = start
         sol = sf.solve(
-            _terms(noise, theta), y0, np.asarray(TIMES), args=args, dt0=0.4, solver=solver, stepsize_controller=PID,
+            _terms(name, theta), y0, np.asarray(TIMES), args=args, dt0=0.1, solver=CASES[name][0],
+            stepsize_controller=_controller(name),
             adjoint=adjoint, **kwargs,
         )  # fmt: skip
         return _weighted((sol.ys, sol.final)), (sol.ys, sol.stats["num_steps"], sf.is_okay(sol.result))
@@ -146,14 +154,12 @@ def _solve_program(name, adjoint, **kwargs):
 
 @functools.cache
 def _diffrax_program(name):
-    solver, noise = CASES[name]
-
     def loss(start):
         y0, args, theta = start
         ts = jnp.asarray(TIMES)
         sol = dfx.diffeqsolve(
-            _terms(noise, theta), solver, 0.0, 1.0, 0.4, y0, args, saveat=dfx.SaveAt(ts=ts), max_steps=160,
-            stepsize_controller=dfx.ClipStepSizeController(PID, step_ts=ts),
+            _terms(name, theta), CASES[name][0], 0.0, 1.0, 0.1, y0, args, saveat=dfx.SaveAt(ts=ts), max_steps=160,
+            stepsize_controller=dfx.ClipStepSizeController(_controller(name), step_ts=ts),
         )  # fmt: skip
         last = jax.tree.map(lambda x: x[-1], sol.ys)
         return _weighted((sol.ys, last)), (sol.ys, sol.stats["num_accepted_steps"], jnp.array(True))
@@ -161,7 +167,7 @@ def _diffrax_program(name):
     return loss
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", _every("Tsit5", "Heun-sde"))
 def test_solve_equals_diffeqsolve_in_value_and_gradient(name):
     ours = jax.jit(jax.value_and_grad(_solve_program(name, None), has_aux=True))(_start())
     theirs = jax.jit(jax.value_and_grad(_diffrax_program(name), has_aux=True))(_start())
@@ -296,11 +302,14 @@ def test_the_replayed_rule_gives_the_numbers_of_the_recorded_one(name):
     replayed = sf.adjoints.DiscreteAdjoint(higher_order=True, record=160)
     for i in (2, 5, 6):
         chosen = jnp.eye(len(SUBS))[i]
-        _close(_program(name, replayed)(_start(), chosen), _program(name, sf.adjoints.DiscreteAdjoint())(_start(), chosen))
+        _close(
+            _program(name, replayed)(_start(), chosen), _program(name, sf.adjoints.DiscreteAdjoint())(_start(), chosen)
+        )
 
 
 def test_a_hessian_vector_product_equals_a_difference_of_gradients():
     adjoint = sf.adjoints.DiscreteAdjoint(higher_order=True)
+
     # Fixed tolerances choose fixed steps here: the step sizes do not depend on what is differentiated.
     def loss(c):
         field = lambda t, y, args: jnp.stack([-y[0], -(y[0] ** 2) * args[1] * y[1]])
@@ -320,11 +329,14 @@ def test_a_hessian_vector_product_equals_a_difference_of_gradients():
     np.testing.assert_allclose(hvp, exact, rtol=1e-7)
 
 
+ROUGH = dfx.PIDController(rtol=1e-3, atol=1e-4)
+
+
 def _long(record, max_steps=4096):
     def final(rate):
         sol = sf.solve(
             dfx.ODETerm(lambda t, y, r: jnp.cos(40 * t) - r * y), jnp.array(1.0), np.array([0.0, 1.0]), args=rate,
-            dt0=0.01, solver=dfx.Heun(), stepsize_controller=PID, max_steps=max_steps,
+            dt0=0.01, solver=dfx.Heun(), stepsize_controller=ROUGH, max_steps=max_steps,
             adjoint=sf.adjoints.DiscreteAdjoint(record=record), throw=False,
         )  # fmt: skip
         return sol.final, (sol.result, sol.stats["num_steps"])
@@ -379,7 +391,7 @@ def _plain(adjoint, throw):
     def final(rate):
         sol = dfx.diffeqsolve(
             dfx.ODETerm(lambda t, y, r: jnp.cos(40 * t) - r * y), dfx.Heun(), 0.0, 1.0, 0.01, jnp.array(1.0), rate,
-            stepsize_controller=PID, adjoint=adjoint, throw=throw,
+            stepsize_controller=ROUGH, adjoint=adjoint, throw=throw,
         )  # fmt: skip
         return sol.ys[0]  # pyright: ignore
 
@@ -398,7 +410,7 @@ def test_with_higher_order_an_overflow_is_reported_and_nothing_is_finite():
     def final(rate):
         sol = sf.solve(
             dfx.ODETerm(lambda t, y, r: jnp.cos(40 * t) - r * y), jnp.array(1.0), np.array([0.0, 1.0]), args=rate,
-            dt0=0.01, solver=dfx.Heun(), stepsize_controller=PID, throw=False,
+            dt0=0.01, solver=dfx.Heun(), stepsize_controller=ROUGH, throw=False,
             adjoint=sf.adjoints.DiscreteAdjoint(record=20, higher_order=True),
         )  # fmt: skip
         return sol.final, sol.result

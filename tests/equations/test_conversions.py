@@ -112,7 +112,7 @@ def test_what_needs_no_correction_is_not_touched():
 
 def test_both_calculi_reach_the_same_solution(x64):
     # Euler on the Ito form and Heun on its conversion, on one fine path: they differ by the methods' errors only.
-    sde = sf.SDE(lambda t, y, args: -y, lambda t, y, args: 0.5 * jnp.sin(y) + 0.2)
+    sde = sf.SDE(lambda t, y, args: -y, lambda t, y, args: 0.8 * jnp.sin(y) + 0.2)
     grid = sf.grids.uniform(0.0, 1.0, 4096)
     path = sf.paths.GridBrownian(grid, (200,), key=jax.random.key(0))
     y0 = jnp.linspace(-1.0, 1.0, 200)

@@ -144,7 +144,7 @@ def test_the_noise_belongs_to_the_id():
     same = outputs_of(model, batch)
     np.testing.assert_array_equal(same[0], same[1])
     other = outputs_of(model, dataclasses.replace(batch, ids=np.array([0, 1, 0], np.int32)))
-    np.testing.assert_array_equal(other[[0, 2]], same[[0, 2]])
+    np.testing.assert_array_equal(other[::2], same[::2])
     assert not np.allclose(other[1], same[1])
 
 

@@ -38,8 +38,13 @@ def _reference(grid, structure, key, area):
     return jax.jit(jax.vmap(ask))(jnp.asarray(low), jnp.asarray(high))
 
 
-@pytest.mark.parametrize("area", AREAS)
-@pytest.mark.parametrize("name", GRIDS)
+FEW = {("8 steps", "WHK"), ("8 steps", "W"), ("uneven", "WHK"), ("decreasing", "WH")}
+
+
+@pytest.mark.parametrize(
+    ("name", "area"),
+    [pytest.param(n, a, marks=[] if (n, a) in FEW else pytest.mark.slow) for n in GRIDS for a in AREAS],
+)
 def test_every_row_is_that_of_diffrax_s_tree(name, area):
     grid, key = GRIDS[name], jax.random.key(11)
     path = sf.paths.GridBrownian(grid, _structure(), key=key, levy_area=AREAS[area], storage="tree")
@@ -83,7 +88,7 @@ def test_a_finer_dyadic_grid_sees_the_same_motion():
     np.testing.assert_allclose(merged.table.H, coarse.table.H, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["8 steps", "uneven"])
+@pytest.mark.parametrize("name", ["8 steps", pytest.param("uneven", marks=pytest.mark.slow)])
 def test_padding_changes_no_row(name):
     grid, key = GRIDS[name], jax.random.key(2)
     bare = sf.paths.GridBrownian(grid, (2,), key=key, levy_area=AREAS["WH"], storage="tree").table

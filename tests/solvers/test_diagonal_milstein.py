@@ -44,7 +44,9 @@ def test_a_diagonal_operator_and_a_tree_of_states_are_the_same_noise():
     drift = lambda t, y, args: -y
     vector = sf.SDE(drift, lambda t, y, args: 0.5 * jnp.cos(y))
     operator = sf.SDE(drift, lambda t, y, args: lx.DiagonalLinearOperator(0.5 * jnp.cos(y)))
-    tree = sf.SDE(lambda t, y, args: jax.tree.map(jnp.negative, y), lambda t, y, args: jax.tree.map(lambda x: 0.5 * jnp.cos(x), y))
+    tree = sf.SDE(
+        lambda t, y, args: jax.tree.map(jnp.negative, y), lambda t, y, args: jax.tree.map(lambda x: 0.5 * jnp.cos(x), y)
+    )
     milstein = sf.solvers.DiagonalMilstein()
     expected = _solve(vector, milstein, y0)
     np.testing.assert_allclose(_solve(operator, milstein, y0), expected, rtol=1e-14)
@@ -88,7 +90,9 @@ def test_noise_that_is_not_diagonal_is_refused(how):
 def test_a_stratonovich_equation_is_refused():
     equation = sf.SDE(lambda t, y, args: -y, lambda t, y, args: y, interpretation="stratonovich")
     with pytest.raises(ValueError, match="DiagonalMilstein converges to the Ito solution"):
-        sf.solve(equation, jnp.ones(2), [0.0, 1.0], dt0=0.1, key=jax.random.key(0), solver=sf.solvers.DiagonalMilstein())
+        sf.solve(
+            equation, jnp.ones(2), [0.0, 1.0], dt0=0.1, key=jax.random.key(0), solver=sf.solvers.DiagonalMilstein()
+        )
 
 
 def test_noise_whose_entries_depend_on_each_other_needs_the_full_method():
@@ -100,6 +104,8 @@ def test_noise_whose_entries_depend_on_each_other_needs_the_full_method():
 
 
 def test_it_is_counted_and_interpolated():
-    sol = sf.solve(_gbm(0.4), jnp.ones(2), [0.0, 1.0], dt0=0.1, key=jax.random.key(0), solver=sf.solvers.DiagonalMilstein())
+    sol = sf.solve(
+        _gbm(0.4), jnp.ones(2), [0.0, 1.0], dt0=0.1, key=jax.random.key(0), solver=sf.solvers.DiagonalMilstein()
+    )
     assert int(sol.stats["num_steps"]) == 10
     assert "DiagonalMilstein" in repr(sol)

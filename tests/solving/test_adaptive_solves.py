@@ -151,16 +151,25 @@ def _marked(names):
 
 @pytest.mark.parametrize("name", _marked(ODE_SOLVERS))
 def test_ordinary_solvers_run_backwards_reach_e(name):
-    run = lambda r: sf.solve(
-        sf.ODE(lambda t, y, r: -r * y), jnp.array(1.0), [1.0, 0.5, 0.0], args=r, dt0=-1 / 40, solver=getattr(dfx, name)()
-    ).ys
+    run = lambda r: (
+        sf.solve(
+            sf.ODE(lambda t, y, r: -r * y),
+            jnp.array(1.0),
+            [1.0, 0.5, 0.0],
+            args=r,
+            dt0=-1 / 40,
+            solver=getattr(dfx, name)(),
+        ).ys
+    )
     ys, slope = jax.jit(lambda r: (run(r), jax.jacfwd(run)(r)))(jnp.array(1.0))
     exact = np.exp([0.0, 0.5, 1.0])
     np.testing.assert_allclose(ys, exact, rtol=ODE_SOLVERS[name])
     np.testing.assert_allclose(slope, exact * [0.0, 0.5, 1.0], rtol=2.1 * ODE_SOLVERS[name])
 
 
-@pytest.mark.parametrize("name", _marked(["ShARK", "SRA1", "SEA", "SPaRK", "SlowRK", "GeneralShARK", "Heun", "EulerHeun"]))
+@pytest.mark.parametrize(
+    "name", _marked(["ShARK", "SRA1", "SEA", "SPaRK", "SlowRK", "GeneralShARK", "Heun", "EulerHeun"])
+)
 def test_stochastic_solvers_run_backwards_reach_e_where_the_noise_is_nought(name):
     equation = sf.SDE(lambda t, y, args: -y, lambda t, y, args: jnp.zeros_like(y), additive=True)
     sol = sf.solve(equation, jnp.ones(2), [1.0, 0.0], dt0=-1 / 40, key=jax.random.key(0), solver=getattr(dfx, name)())
@@ -172,7 +181,9 @@ def test_additive_noise_run_backwards_returns_to_where_it_came_from(name):
     # There and back along one path of a tree, which knows every increment.
     area = dfx.SpaceTimeLevyArea
     path = dfx.VirtualBrownianTree(0.0, 1.0, 2**-9, (2,), key=jax.random.key(5), levy_area=area)
-    equation = sf.SDE(lambda t, y, args: jnp.cos(3 * t) - y, lambda t, y, args: (1 + t) * jnp.ones_like(y), additive=True)
+    equation = sf.SDE(
+        lambda t, y, args: jnp.cos(3 * t) - y, lambda t, y, args: (1 + t) * jnp.ones_like(y), additive=True
+    )
     y0, kwargs = jnp.array([0.3, -1.0]), {"path": path, "solver": getattr(dfx, name)()}
     end = sf.solve(equation, y0, [0.0, 1.0], dt0=1 / 64, **kwargs).final
     start = sf.solve(equation, end, [1.0, 0.0], dt0=-1 / 64, **kwargs).final

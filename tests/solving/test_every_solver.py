@@ -169,7 +169,9 @@ def test_solve_equals_diffeqsolve_in_value_and_gradient(name):
     print(f"{name:22} value {value:8.1e}   gradient {gradient:8.1e}")
     assert value < 1e-12
     assert gradient < 1e-12
-    assert all(np.abs(np.asarray(g)).min() > 1e-4 for g in jax.tree.leaves(grads)), "a gradient that is nought proves nothing"
+    assert all(np.abs(np.asarray(g)).min() > 1e-4 for g in jax.tree.leaves(grads)), (
+        "a gradient that is nought proves nothing"
+    )
 
 
 def test_no_solver_of_diffrax_is_forgotten():
@@ -177,7 +179,9 @@ def test_no_solver_of_diffrax_is_forgotten():
         return inspect.isclass(cls) and issubclass(cls, dfx.AbstractSolver) and not cls.__name__.startswith("Abstract")
 
     every = {name for name, cls in vars(dfx).items() if concrete(cls)}
-    tried = {type(solver).__name__ for solver, *_ in TABLE.values()} | {type(c.solver).__name__ for c in BATTERY.values()}
+    tried = {type(solver).__name__ for solver, *_ in TABLE.values()} | {
+        type(c.solver).__name__ for c in BATTERY.values()
+    }
     assert every <= tried
 
 
@@ -192,7 +196,9 @@ def test_the_tolerances_of_fixed_steps_are_tight_enough(name):
 
 
 def test_implicit_euler_is_the_closed_form():
-    sol = sf.solve(sf.ODE(lambda t, y, r: -r * y), jnp.array(2.0), [0.0, 1.0], args=50.0, dt0=0.1, solver=dfx.ImplicitEuler())
+    sol = sf.solve(
+        sf.ODE(lambda t, y, r: -r * y), jnp.array(2.0), [0.0, 1.0], args=50.0, dt0=0.1, solver=dfx.ImplicitEuler()
+    )
     np.testing.assert_allclose(sol.final, 2.0 * 6.0**-10, rtol=1e-6)
 
 
@@ -252,11 +258,21 @@ def test_in_a_batch_only_the_path_without_a_root_fails():
 @functools.cache
 def _half(path_of):
     equation = sf.SDE(
-        lambda t, y, args: jnp.zeros_like(y), lambda t, y, args: jnp.ones_like(y), interpretation="stratonovich", additive=True
+        lambda t, y, args: jnp.zeros_like(y),
+        lambda t, y, args: jnp.ones_like(y),
+        interpretation="stratonovich",
+        additive=True,
     )
 
     def final(key):
-        sol = sf.solve(equation, jnp.zeros(8), [0.0, 1 / 16], solver=dfx.HalfSolver(dfx.EulerHeun()), path=path_of(key), throw=False)
+        sol = sf.solve(
+            equation,
+            jnp.zeros(8),
+            [0.0, 1 / 16],
+            solver=dfx.HalfSolver(dfx.EulerHeun()),
+            path=path_of(key),
+            throw=False,
+        )
         return sol.final, sf.is_okay(sol.result)
 
     return jax.jit(jax.vmap(final))(jax.random.split(jax.random.key(0), 1000))
