@@ -107,7 +107,7 @@ def test_terms_of_an_sde_need_a_path():
 
 
 def test_an_unknown_interpretation_is_refused():
-    with pytest.raises(ValueError, match="interpretation must be \"ito\" or \"stratonovich\", got 'strat'"):
+    with pytest.raises(ValueError, match='interpretation must be "ito" or "stratonovich", got \'strat\''):
         sf.SDE(lambda t, y, args: y, lambda t, y, args: y, interpretation="strat")
 
 

@@ -1,0 +1,141 @@
+"""The private parts of diffrax and equinox that we stand on: one test for each item of ``sdeflow/_compat.py``."""
+
+import dataclasses
+import inspect
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdeflow import _compat
+from sdeflow._results import RESULTS
+
+
+class _Spy(diffrax.AbstractAdjoint):
+    """Hands on to diffrax's default, and keeps what it was given."""
+
+    seen: list = eqx.field(static=True)
+
+    def loop(self, **kwargs):
+        self.seen.append(kwargs)
+        return diffrax.RecursiveCheckpointAdjoint().loop(**kwargs)
+
+
+def _seen(**options):
+    seen: list = []
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 0.05, (), key=jax.random.key(0))
+    terms = diffrax.MultiTerm(
+        diffrax.ODETerm(lambda t, y, args: -y), diffrax.ControlTerm(lambda t, y, args: jnp.array(0.1), path)
+    )
+    call = {"t0": 0.0, "t1": 1.0, "dt0": 0.25, "y0": jnp.array(1.0), **options}
+    sol = diffrax.diffeqsolve(terms, diffrax.Heun(), adjoint=_Spy(seen), **call)
+    return sol, seen[0]
+
+
+def test_the_loop_of_an_adjoint_is_given_what_ours_read():
+    ours = {"args", "terms", "solver", "stepsize_controller", "event", "saveat", "t0", "t1", "max_steps", "throw"}
+    ours |= {"init_state", "passed_solver_state", "passed_controller_state", "progress_meter", "dt0"}
+    assert set(inspect.signature(diffrax.AbstractAdjoint.loop).parameters) - {"self"} == ours
+    assert set(_seen()[1]) == ours
+
+
+def test_every_term_comes_wrapped_for_its_direction_and_unwrap_takes_that_off():
+    _, given = _seen()
+    terms, direction = _compat.unwrap(given["terms"])
+    assert [type(t) for t in terms.terms] == [diffrax.ODETerm, diffrax.ControlTerm]
+    assert direction is not None
+    assert all(isinstance(t, _compat.WrapTerm) for t in given["terms"].terms)
+    plain = diffrax.ODETerm(lambda t, y, args: y)
+    assert _compat.unwrap(plain) == (plain, 1)
+
+
+def test_the_state_of_the_loop_has_the_fields_that_ours_replace():
+    _, given = _seen()
+    state = given["init_state"]
+    names = {f.name for f in dataclasses.fields(state)}
+    assert {"y", "tprev", "tnext", "made_jump", "solver_state", "controller_state", "result"} <= names
+    assert {"num_steps", "num_accepted_steps", "save_state"} <= names
+    assert state.made_jump is False
+    assert _compat.is_save_state(jax.tree.leaves(state.save_state, is_leaf=_compat.is_save_state)[0])
+    fields = [f.name for f in dataclasses.fields(_compat.SaveState)]
+    assert fields == ["saveat_ts_index", "ts", "ys", "save_index"]
+
+
+@pytest.mark.parametrize("dt0", [0.25, 0.3])
+def test_constant_steps_stand_where_our_formula_puts_them(dt0):
+    # The controller's state holds the number of steps; the times are t0 + (t1 - t0) i / n after a first step of dt0.
+    counts: list = []
+
+    class Count(_Spy):
+        def loop(self, **kwargs):
+            counts.append(kwargs["init_state"].controller_state)
+            return super().loop(**kwargs)
+
+    ode = diffrax.ODETerm(lambda t, y, args: -y)
+    sol = diffrax.diffeqsolve(
+        ode, diffrax.Euler(), 0.0, 1.0, dt0, jnp.array(1.0), adjoint=Count([]), saveat=diffrax.SaveAt(steps=True)
+    )
+    assert len(counts[0]) == 4
+    n = int(np.ceil(1.0 / dt0))
+    want = np.arange(1, n + 1) / n
+    want[0] = dt0
+    np.testing.assert_allclose(np.asarray(sol.ts)[:n], want, rtol=1e-6)
+
+
+def test_the_loop_takes_while_loops_of_another_kind():
+    sol, given = _seen()
+    adjoint = diffrax.RecursiveCheckpointAdjoint()
+    names = ("throw", "passed_solver_state", "passed_controller_state")
+    kwargs = {k: v for k, v in given.items() if k not in names}
+    parameters = set(inspect.signature(adjoint._loop).parameters)
+    assert set(kwargs) | {"inner_while_loop", "outer_while_loop"} == parameters
+    assert callable(_compat.lax_while_loop)
+
+
+def test_a_buffer_of_a_loop_is_recognised_and_written():
+    kinds = []
+
+    def body(carry):
+        i, rows = carry
+        kinds.append(_compat.is_buffer(rows))
+        return i + 1, _compat.buffer_at_set(rows, i, 2.0 * i)
+
+    start = (jnp.array(0), jnp.zeros(3))
+    out = _compat.lax_while_loop(lambda c: c[0] < 3, body, start, max_steps=None, buffers=lambda c: c[1])
+    np.testing.assert_array_equal(out[1], [0.0, 2.0, 4.0])
+    assert all(kinds)
+    assert not _compat.is_buffer(jnp.zeros(3))
+    np.testing.assert_array_equal(_compat.buffer_at_set(jnp.zeros(2), 1, 3.0), [0.0, 3.0])
+
+
+def test_enumerations_can_be_read():
+    assert _compat.enumeration_of(diffrax.RESULTS.successful) is diffrax.RESULTS
+    assert _compat.messages(diffrax.RESULTS)[int(_compat.values_of(diffrax.RESULTS.successful))] == ""
+    assert {"successful", "nonfinite", "max_steps_reached", "event_occurred"} <= set(_compat.names(diffrax.RESULTS))
+    assert set(_compat.names(diffrax.RESULTS)) <= set(_compat.names(RESULTS))
+    for name in _compat.names(diffrax.RESULTS):
+        promoted = RESULTS.promote(getattr(diffrax.RESULTS, name))
+        assert int(_compat.values_of(promoted)) == int(_compat.values_of(getattr(RESULTS, name)))
+
+
+def test_stage_loops_have_a_kind_that_can_be_set():
+    for solver in (diffrax.Tsit5(), diffrax.Heun(), diffrax.Kvaerno3(), diffrax.ShARK(), diffrax.SPaRK()):
+        assert solver.scan_kind is None
+        assert dataclasses.replace(solver, scan_kind="lax").scan_kind == "lax"
+
+
+def test_implicit_solvers_mark_the_tolerances_that_they_leave_open():
+    finder = diffrax.Kvaerno3().root_finder
+    assert finder.rtol is _compat.use_stepsize_tol
+    assert finder.atol is _compat.use_stepsize_tol
+    assert dataclasses.replace(finder, rtol=1e-3).rtol == 1e-3
+
+
+def test_concreteness_is_seen_through_a_tracer():
+    seen = []
+    jax.jit(lambda x: seen.append(_compat.is_concrete(x)) or x)(1.0)
+    assert seen == [False]
+    assert _compat.is_concrete(jnp.ones(2), np.ones(2), 1.0)
