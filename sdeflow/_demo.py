@@ -44,7 +44,7 @@ def series(out: Path, *, seed: int = 0, quick: bool = False) -> Iterator[str]:
     size, steps = (8, 30) if quick else (32, 800)
     channels, classes = train.num_channels, len(train.classes or ())
     equation, readout = jax.random.split(build)
-    dynamics = NeuralLangevinSDE(size, control_size=channels, key=equation)
+    dynamics = NeuralLangevinSDE(size, control_size=channels, key=equation)  # pyright: ignore[reportCallIssue]
     model = SeriesModel(dynamics, channels=channels, num_outputs=classes, key=readout)
     yield f"Training dz = gamma(zeta(z, X)) dt + sigma(t) dW with a state of {size} numbers, at most {steps} steps."
     fitted = fit(
@@ -104,7 +104,8 @@ def _draw(fitted: FitResult, test: TimeSeries, path: Path, key: Any) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     raw, latent, training = figure.subplots(1, 3)
     labels = test.labels
-    assert labels is not None and test.classes is not None
+    assert labels is not None
+    assert test.classes is not None
     chosen = [i for k in range(_SHOWN_CLASSES) for i in np.flatnonzero(labels == k)[:_SHOWN_SERIES]]
     shown = test[chosen]
     names = [f"class {test.classes[k]}" for k in labels[chosen]]

@@ -210,6 +210,9 @@ def _fill(
             return sub.fn(t, piece.evaluate(t * direction), args)
 
         values = jax.vmap(at)(row, sub.ts)
+        # Where no time passes there are no steps to look into.
+        start = sub.fn(t0, y0, args)
+        values = jtu.tree_map(lambda x, v: jnp.where(count == 0, x, v), start, values)
         done = sub.ts <= reached
         # What is not to be written is sent out of the buffer, where it is dropped.
         at_index = jnp.where(done, index + jnp.arange(sub.ts.shape[0]), ts.shape[0])

@@ -1,8 +1,8 @@
 """A step size controller that survives trial steps which are not finite.
 
 diffrax's PID controller turns a trial state of infinity into a NaN error, then a NaN step size, and rejects every step
-from then on. The guard rejects such a step itself, leaves the controller as it was, and tries a fifth of the step. Where
-the field itself is not finite no step length helps: trials that keep failing before the same time end the solve.
+from then on. The guard rejects such a step itself, leaves the controller as it was, and tries a fifth of the step.
+Where the field itself is not finite no step length helps: trials that keep failing before the same time end the solve.
 """
 
 from typing import Any

@@ -92,5 +92,5 @@ class ControlledDrift(eqx.Module):
         """The drift at state ``z`` under the control's value ``x``; ``t`` is read only if the drift sees the time."""
         a = z if self.time is None else jnp.concatenate([self.time(t), z])
         a = a if self.lift is None else self.lift(a)
-        mixed = a if self.embed is None else jnp.concatenate([a, self.embed(x)])
+        mixed = a if self.embed is None else jnp.concatenate([a, self.embed(x)])  # pyright: ignore[reportArgumentType]
         return self.rate * jnp.tanh(self.gamma(self.first(self.zeta(mixed))))

@@ -82,7 +82,7 @@ class SeriesModel(eqx.Module):
     ):
         if task != "classify":
             raise ValueError(f'task={task!r} is not part of this version of sdeflow; it has "classify".')
-        sizes = [getattr(dynamics, name, None) for name in ("state_size", "control_size")]
+        sizes: list[Any] = [getattr(dynamics, name, None) for name in ("state_size", "control_size")]
         if not isinstance(dynamics, AbstractEquation) or None in sizes:
             raise TypeError(
                 f"dynamics must be an equation with state_size and control_size, got {type(dynamics).__name__}; "
