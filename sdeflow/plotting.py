@@ -145,7 +145,7 @@ def _is_single(ts: Any, ys: Any) -> bool:
 def _times(ts: Any, paths: list[np.ndarray]) -> list[np.ndarray]:
     """One array of times for each path."""
     shared = np.ndim(ts[0]) == 0
-    times = [np.asarray(ts, float)] * len(paths) if shared else [np.asarray(t, float) for t in ts]
+    times = [np.asarray(ts)] * len(paths) if shared else [np.asarray(t) for t in ts]
     if len(times) != len(paths):
         raise ValueError(f"There are {len(paths)} paths but {len(times)} arrays of times; give one for each.")
     for i, (t, y) in enumerate(zip(times, paths)):

@@ -104,6 +104,13 @@ def _freeze(tree: Any) -> Any:
     return jtu.tree_map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
 
 
+def _too_long(length: int) -> str:
+    return (
+        f"More than {length} steps were accepted, which is what the record for gradients holds: use "
+        "sdeflow.adjoints.DiscreteAdjoint(record=...) with a larger number."
+    )
+
+
 def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """The adaptive loop, its accepted steps then walked in chunks, so that derivatives of every order exist."""
     state, jumps = kwargs["init_state"], may_jump(kwargs["stepsize_controller"])
@@ -119,7 +126,15 @@ def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[
     walked = walk_steps(adjoint, kwargs, steps)
     keep = lambda s: (s.y, s.solver_state, s.save_state)
     final = eqx.tree_at(keep, final, keep(walked), is_leaf=lambda x: x is None)
-    return final, {"record_overflow": count > length}
+    # Steps beyond the record were not walked: a factor of NaN spoils the values and derivatives of every order.
+    overflow = count > length
+    factor = jnp.where(overflow, jnp.nan, 1.0)
+    spoil = lambda x: x * factor.astype(x.dtype) if eqx.is_inexact_array(x) else x
+    ys = jtu.tree_map(spoil, [s.ys for s in _saves(final)])
+    if kwargs["throw"]:
+        ys = eqx.error_if(ys, overflow, _too_long(length))
+    final = eqx.tree_at(lambda f: [s.ys for s in _saves(f)], final, ys)
+    return final, {"record_overflow": overflow}
 
 
 def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -203,8 +218,7 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
         ys = eqx.error_if(
             ys,
             overflow,
-            f"More than {length} steps were accepted, which is what the record for gradients holds: use "
-            "sdeflow.adjoints.DiscreteAdjoint(record=...) with a larger number.",
+            _too_long(length),
         )
     final = eqx.tree_at(lambda f: [s.ys for s in _saves(f)], final, ys)
     return final, {"record_overflow": overflow}

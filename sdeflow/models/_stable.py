@@ -41,13 +41,13 @@ class AbstractStableSDE(AbstractEquation):
         self,
         state_size: int,
         *,
-        control_size: int = 0,
-        width: int = 64,
-        depth: int = 2,
-        mode: Literal["pure", "benchmark"] = "pure",
-        rate: float | None = None,
-        sigma_min: float = 0.1,
-        sigma_max: float = 10.0,
+        control_size: int,
+        width: int,
+        depth: int,
+        mode: Literal["pure", "benchmark"],
+        rate: float | None,
+        sigma_min: float,
+        sigma_max: float,
         key: PRNGKeyArray,
     ):
         self.state_size = check_size("state_size", state_size)
@@ -126,7 +126,7 @@ class NeuralLangevinSDE(AbstractStableSDE):
         width, depth: hidden layers of gamma.
         mode: "pure" is what the theorems are about; "benchmark" repeats the published experiments, with relu networks
             and sin t and cos t for the time.
-        rate: the largest speed of a state, 20 by default (1 in the benchmark mode). Series of
+        rate: the largest speed of a state, 30 by default (1 in the benchmark mode). Series of
             `sdeflow.data.TimeSeries` are at most 1 long, and in that time a state has to take in many observations.
         sigma_min, sigma_max: the bounds of sigma in the pure mode.
         key: a JAX random key for the initial weights.
@@ -145,6 +145,31 @@ class NeuralLangevinSDE(AbstractStableSDE):
 
     additive: ClassVar[bool] = True  # pyright: ignore
     sees_time: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        state_size: int,
+        *,
+        control_size: int = 0,
+        width: int = 64,
+        depth: int = 2,
+        mode: Literal["pure", "benchmark"] = "pure",
+        rate: float | None = None,
+        sigma_min: float = 0.1,
+        sigma_max: float = 10.0,
+        key: PRNGKeyArray,
+    ):
+        super().__init__(
+            state_size,
+            control_size=control_size,
+            width=width,
+            depth=depth,
+            mode=mode,
+            rate=rate,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            key=key,
+        )
 
     def drift_from(self, gamma: Float[Array, " H"], z: Float[Array, " H"]) -> Float[Array, " H"]:
         """Gamma itself."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffrax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._results import RESULTS, is_okay, promote
@@ -63,6 +64,12 @@ def delegate(
         throw=False,
     )
     final = jtu.tree_map(lambda x: x[-1], sol.ys[1])  # pyright: ignore
+    ys: Any = sol.ys[0]  # pyright: ignore
+    if ends_only:
+        # A solve that ended early has no state at the last time, only one at the time where it ended.
+        reached = sol.ts[0][-1] == ts[-1]  # pyright: ignore
+        last = lambda x: x.at[-1].set(jnp.where(reached, x[-1], jnp.inf))
+        ys = jtu.tree_map(lambda x: last(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, ys)
     accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
     cost = evaluations(solver)
     nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
@@ -71,7 +78,7 @@ def delegate(
     if "record_overflow" in sol.stats:
         spilt = is_okay(result) & sol.stats["record_overflow"]
         result = RESULTS.where(spilt, RESULTS.record_overflow, result)
-    return ts, sol.ys[0], final, stats, result  # pyright: ignore
+    return ts, ys, final, stats, result
 
 
 def pre_check(y0: Any) -> Any:

@@ -70,7 +70,8 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
         """What the controller decides, shown a finite trial step."""
         inner, failed, until = controller_state
         decided = self.controller.adapt_step_size(t0, t1, y0, y1_candidate, args, y_error, error_order, inner)
-        good = _finite(y1_candidate) & _finite(y_error)
+        # A step cut down to no length at all moves nowhere: taken as good, it would be taken for ever.
+        good = _finite(y1_candidate) & _finite(y_error) & (t1 != t0)
         retry = (False, t0, t0 + SHRINK * (t1 - t0), False, inner, diffrax.RESULTS.successful)
         keep, left, right, jump, inner = (
             jtu.tree_map(lambda a, b: jnp.where(good, a, b), a, b) for a, b in zip(decided[:5], retry[:5])

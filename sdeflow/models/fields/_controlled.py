@@ -12,7 +12,7 @@ from .._checks import check_mode, check_size
 from ._mlp import MLP, lipswish
 from ._time import bounded_time, circular_time
 
-_RATE = 20.0
+_RATE = 30.0
 
 
 def _identity(x: Array) -> Array:
@@ -35,7 +35,7 @@ class ControlledDrift(eqx.Module):
         sees_time: whether zeta is given the time.
         width, depth: hidden layers of gamma; in the benchmark mode the output of zeta counts as the first.
         mode: "pure" or "benchmark".
-        rate: the largest speed; by default 20, and 1 in the benchmark mode.
+        rate: the largest speed; by default 30, and 1 in the benchmark mode.
         key: a JAX random key for the initial weights.
 
     Raises:

@@ -50,12 +50,10 @@ class SeriesModel(eqx.Module):
         ValueError: for another task, a size out of range, or a control of another size than the series.
 
     Example:
-        >>> import jax, optax, sdeflow as sf
-        >>> from sdeflow.data import simulated_series
-        >>> from sdeflow.models import NeuralLangevinSDE, SeriesModel
-        >>> train, test = simulated_series(12, key=jax.random.key(0))
-        >>> dynamics = NeuralLangevinSDE(8, control_size=4, key=jax.random.key(1))
-        >>> model = SeriesModel(dynamics, channels=4, num_outputs=3, key=jax.random.key(2))
+        >>> import jax, sdeflow as sf
+        >>> train, test = sf.data.simulated_series(12, num_channels=4, num_classes=3, key=jax.random.key(0))
+        >>> dynamics = sf.models.NeuralLangevinSDE(8, control_size=4, key=jax.random.key(1))
+        >>> model = sf.models.SeriesModel(dynamics, channels=4, num_outputs=3, key=jax.random.key(2))
         >>> model.predict(test, key=jax.random.key(3)).shape
         (12, 3)
     """
@@ -154,7 +152,7 @@ class SeriesModel(eqx.Module):
         num_samples = check_size("num_samples", num_samples)
         size = min(check_size("batch_size", batch_size), len(series))
         numbers = series_numbers(series.ids)
-        logits = np.empty((len(series), self.num_outputs), np.float32)
+        logits = None
         for batch in series.batches(size, None):
             rows, real = batch.ids, batch.weight > 0
             batch = eqx.tree_at(lambda b: b.ids, batch, numbers[rows])
@@ -164,7 +162,10 @@ class SeriesModel(eqx.Module):
                 bad = int(np.argmax(~okay & real))
                 first = jtu.tree_map(lambda x, bad=bad: x[bad], result)
                 raise SolveError(first, f"Series {series.ids[rows[bad]]!r}: {message_of(first)}")
-            logits[rows[real]] = np.asarray(outputs)[real]
+            outputs = np.asarray(outputs)
+            logits = np.empty((len(series), self.num_outputs), outputs.dtype) if logits is None else logits
+            logits[rows[real]] = outputs[real]
+        assert logits is not None
         return logits
 
     def _solve(self, batch: SeriesBatch, key: PRNGKeyArray, regularisers: tuple[Any, ...]) -> Solution:
