@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -51,7 +52,10 @@ def _by_query(grid: Grid, structure: Any, key: PRNGKeyArray, levy_area: type) ->
         low.min(), high.max(), (high - low).min() / 2, structure, key=key, levy_area=levy_area
     )
     rows = jax.vmap(lambda a, b: tree.evaluate(a, b, use_levy=True))(low, high)
-    return jtu.tree_map(lambda x, y: jnp.where(_lead(left <= right, x), x, y), rows, backwards(rows))
+    rows = jtu.tree_map(lambda x, y: jnp.where(_lead(left <= right, x), x, y), rows, backwards(rows))
+    # The tree's own dt is off by the root of its length when the structure has several leaves.
+    dt = jtu.tree_map(lambda w: (right - left).astype(w.dtype), rows.W)
+    return eqx.tree_at(lambda r: r.dt, rows, dt)
 
 
 def _lead(x: Array, like: Array) -> Array:

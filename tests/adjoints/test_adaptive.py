@@ -11,7 +11,7 @@ import pytest
 
 import sdeflow as sf
 
-pytestmark = pytest.mark.usefixtures("x64_module")
+pytestmark = [pytest.mark.usefixtures("x64_module"), pytest.mark.slow]
 
 PID = dfx.PIDController(rtol=1e-4, atol=1e-6)
 LOOSE = dfx.PIDController(rtol=3e-2, atol=3e-2)

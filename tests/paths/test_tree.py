@@ -11,7 +11,7 @@ from helpers.stats import assert_mean, assert_uncorrelated
 
 import sdeflow as sf
 
-pytestmark = pytest.mark.usefixtures("x64_module")
+pytestmark = [pytest.mark.usefixtures("x64_module"), pytest.mark.slow]
 
 AREAS = {"W": dfx.BrownianIncrement, "WH": dfx.SpaceTimeLevyArea, "WHK": dfx.SpaceTimeTimeLevyArea}
 GRIDS = {
@@ -76,7 +76,9 @@ def test_float32_rows_are_those_of_the_tree_in_float32():
         for leaf in ("a", "b"):
             ours = getattr(path.table, field)[leaf]
             assert ours.dtype == jnp.float32
-            np.testing.assert_allclose(ours, getattr(reference, field)[leaf], rtol=0, atol=2e-5)
+            # The tree takes H and K as differences of integrals from the start, which cancel in float32.
+            atol = {"W": 2e-6, "H": 1e-4, "K": 2e-3}[field]
+            np.testing.assert_allclose(ours, getattr(reference, field)[leaf], rtol=0, atol=atol)
 
 
 def test_a_finer_dyadic_grid_sees_the_same_motion():

@@ -9,7 +9,7 @@ import pytest
 
 import sdeflow as sf
 
-pytestmark = pytest.mark.usefixtures("x64_module")
+pytestmark = [pytest.mark.usefixtures("x64_module"), pytest.mark.slow]
 
 TS = np.array([0.0, 0.5, 1.0])
 

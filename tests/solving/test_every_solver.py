@@ -19,7 +19,7 @@ from helpers.stats import assert_mean, assert_variance
 
 import sdeflow as sf
 
-pytestmark = pytest.mark.usefixtures("x64_module")
+pytestmark = [pytest.mark.usefixtures("x64_module"), pytest.mark.slow]
 
 KNOTS = np.array([0.0, 0.1, 0.3, 0.45, 0.8, 1.0])
 

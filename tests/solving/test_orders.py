@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import sdeflow as sf
-from tests.helpers.orders import slope, strong_order
-from tests.helpers.problems import PROBLEMS
-from tests.helpers.stats import assert_mean, assert_variance
+from helpers.orders import slope, strong_order
+from helpers.problems import PROBLEMS
+from helpers.stats import assert_mean, assert_variance
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
