@@ -53,13 +53,13 @@ def series(out: Path, *, seed: int = 0, quick: bool = False) -> Iterator[str]:
         f"Test accuracy: {share(logits.argmax(axis=1)):.3f}. The nearest class centroid of the means of what was "
         f"observed: {share(nearest_centroid(fitting, test)):.3f}."
     )
-    ending = f"Done in {time.perf_counter() - start:.0f} s."
-    if importlib.util.find_spec("matplotlib") is None:
-        yield f'{ending} No figure was drawn, for matplotlib is missing: pip install "sdeflow[plot]".'
-        return
     path = out / "series.png"
-    _draw(fitted, test, path, for_test)
-    yield f"{ending} The figure: {path}"
+    ending = f"The figure: {path}"
+    if importlib.util.find_spec("matplotlib") is None:
+        ending = 'No figure was drawn, for matplotlib is missing: pip install "sdeflow[plot]".'
+    else:
+        _draw(fitted, test, path, for_test)
+    yield f"Done in {time.perf_counter() - start:.0f} s. {ending}"
 
 
 JOBS: dict[str, Callable[..., Iterator[str]]] = {"series": series}

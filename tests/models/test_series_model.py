@@ -37,8 +37,12 @@ def ragged(num=6, channels=3, ids=None, seed=0):
 
 
 @eqx.filter_jit
+def prediction_of(model, batch, key=KEY):
+    return model(batch, key=key)
+
+
 def outputs_of(model, batch, key=KEY):
-    return model(batch, key=key).outputs
+    return prediction_of(model, batch, key).outputs
 
 
 @eqx.filter_jit
@@ -62,22 +66,21 @@ def same_bits(a, b):
 
 def test_a_prediction_is_encoder_then_walk_then_readout():
     model, data = model_of(), ragged()
-    prediction = model(data.batch(np.arange(6)), key=KEY)
+    prediction = prediction_of(model, data.batch(np.arange(6)))
     assert prediction.outputs.shape == (6, 4)
     assert prediction.states.shape == (6, 9, 5)
-    for i in (0, 4):
-        ts = jnp.asarray(data.times[i], jnp.float32)
-        control = linear_control(ts, data.values[i].astype(np.float32))
-        z0 = model.encoder(control.evaluate(ts[0]))
-        sol = sf.solve(model.dynamics, z0, ts, args=control, key=jr.fold_in(KEY, i), solver=diffrax.Euler())
-        assert int(sol.stats["num_steps"]) == len(ts) - 1
-        np.testing.assert_allclose(prediction.states[i, : len(ts)], sol.ys, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(prediction.outputs[i], model.readout(sol.final), rtol=1e-5, atol=1e-5)
+    ts = jnp.asarray(data.times[4], jnp.float32)
+    control = linear_control(ts, data.values[4].astype(np.float32))
+    z0 = model.encoder(control.evaluate(ts[0]))
+    sol = sf.solve(model.dynamics, z0, ts, args=control, key=jr.fold_in(KEY, 4), solver=diffrax.Euler())
+    assert int(sol.stats["num_steps"]) == len(ts) - 1 == 6
+    np.testing.assert_allclose(prediction.states[4, :7], sol.ys, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(prediction.outputs[4], model.readout(sol.final), rtol=1e-5, atol=1e-5)
 
 
 def test_padded_states_repeat_the_last_one():
     data = ragged()
-    states = model_of()(data.batch([0]), key=KEY).states[0]
+    states = prediction_of(model_of(), data.batch(np.arange(6))).states[0]
     np.testing.assert_array_equal(states[3:], np.broadcast_to(states[2], (6, 5)))
 
 
@@ -85,7 +88,7 @@ def test_more_steps_and_another_solver_are_another_walk_to_the_same_end():
     sde = dict(size=2, classes=2)
     batch = ragged().batch(np.arange(6))
     coarse, fine, shark = (
-        model_of(**sde, **kwargs)(batch, key=KEY).states
+        prediction_of(model_of(**sde, **kwargs), batch).states
         for kwargs in ({}, {"steps_per_interval": 8}, {"solver": diffrax.ShARK()})
     )
     assert not np.array_equal(coarse, fine)
@@ -97,7 +100,7 @@ def test_a_series_of_one_observation_ends_where_it_starts():
     model = model_of(channels=1)
     batch = TimeSeries.from_arrays([[0.0], [5.0]], [[2.0], [3.0]]).batch([0, 1])
     assert batch.times.shape == (2, 1)
-    prediction = model(batch, key=KEY)
+    prediction = prediction_of(model, batch)
     want = model.readout(model.encoder(jnp.array([3.0])))
     np.testing.assert_allclose(prediction.outputs[1], want, rtol=1e-5)
 
@@ -109,7 +112,7 @@ def test_an_ordinary_equation_serves_too():
 
     model = SeriesModel(Decay(lambda t, z, args: -z), channels=3, num_outputs=2, key=jr.key(1))
     batch = ragged().batch([0])
-    states = model(batch, key=KEY).states[0]
+    states = prediction_of(model, batch).states[0]
     np.testing.assert_allclose(states[1], states[0] * (1 - (batch.times[0, 1] - batch.times[0, 0])), rtol=1e-5)
 
 
@@ -166,8 +169,8 @@ def test_a_series_that_fails_leaves_the_others_as_they_are():
     assert not np.isfinite(after[2]).all()
     assert np.isfinite(before).all()
     assert same_bits(after[others], before[others])
-    assert bool(sf.is_okay(model(batch, key=KEY).result))
-    result = model(spoilt, key=KEY).result
+    assert bool(sf.is_okay(prediction_of(model, batch).result))
+    result = prediction_of(model, spoilt).result
     assert not bool(sf.is_okay(result))
     assert bool(result == sf.RESULTS.nonfinite)
 
@@ -208,7 +211,8 @@ def test_more_samples_average_probabilities():
     def one(times, values, key):
         return jax.nn.softmax(model.readout(model._walk(times, values, key, ()).final))
 
-    share = jax.vmap(jax.vmap(one, (None, None, 0)))(jnp.asarray(batch.times), jnp.asarray(batch.values), own)
+    each = jax.jit(jax.vmap(jax.vmap(one, (None, None, 0))))
+    share = each(jnp.asarray(batch.times), jnp.asarray(batch.values), own)
     np.testing.assert_allclose(np.exp(averaged), share.mean(axis=1), rtol=1e-4, atol=1e-6)
     assert float(share.std(axis=1).max()) > 1e-3
 

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import sdeflow as sf
 from helpers.orders import slope, strong_order
 from helpers.problems import PROBLEMS
 from helpers.stats import assert_mean, assert_variance
+
+import sdeflow as sf
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
