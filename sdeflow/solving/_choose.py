@@ -110,7 +110,10 @@ def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
     """Drift evaluations of one step, and those of the start; None if the solver is not known."""
     if isinstance(solver, diffrax.HalfSolver):
         inner = evaluations(solver.solver)
-        return None if inner is None else (3 * inner[0], inner[1])
+        if inner is None:
+            return None
+        # A Runge-Kutta solver finds its first slope within its first step, which the whole step takes once more.
+        return 3 * inner[0], inner[1] * (2 if isinstance(solver.solver, diffrax.AbstractERK) else 1)
     if type(solver) in (diffrax.Euler, diffrax.EulerHeun, diffrax.ItoMilstein, diffrax.StratonovichMilstein):
         return 1, 0
     if type(solver) is diffrax.ReversibleHeun:

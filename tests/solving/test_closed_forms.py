@@ -122,3 +122,52 @@ def test_time_backwards_retraces_a_stratonovich_path():
     back = sf.solve(sde, there, [1.0, 0.0], path=path, solver=dfx.Heun()).final
     np.testing.assert_allclose(back, 1.0, atol=2e-3)
     assert np.abs(there - 1.0).min() > 5e-3
+
+
+NFE = {
+    "Euler": (dfx.Euler(), "ito"),
+    "ReversibleHeun": (dfx.ReversibleHeun(), "stratonovich"),
+    "SPaRK": (dfx.SPaRK(), "stratonovich"),
+    "ShARK": (dfx.ShARK(), "additive"),
+    "Tsit5": (dfx.Tsit5(), "none"),
+    "HalfSolver": (dfx.HalfSolver(dfx.Bosh3()), "none"),
+    **{
+        name: pytest.param(getattr(dfx, name)(), kind, marks=pytest.mark.slow)
+        for name, kind in {
+            "Heun": "stratonovich",
+            "Midpoint": "stratonovich",
+            "Ralston": "stratonovich",
+            "EulerHeun": "stratonovich",
+            "ItoMilstein": "ito",
+            "StratonovichMilstein": "stratonovich",
+            "SRA1": "additive",
+            "SEA": "additive",
+            "SlowRK": "stratonovich",
+            "GeneralShARK": "stratonovich",
+            "Bosh3": "none",
+            "Dopri5": "none",
+            "Dopri8": "none",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("solver", "noise"), NFE.values(), ids=NFE)
+def test_the_cost_is_the_number_of_times_the_drift_was_called(solver, noise):
+    calls = []
+
+    def drift(t, y, args):
+        jax.debug.callback(lambda: calls.append(None))
+        return -y
+
+    diffusion = lambda t, y, args: 0.1 * (jnp.ones_like(y) if noise == "additive" else y)
+    additive = noise == "additive"
+    if noise == "none":
+        equation, key = sf.ODE(drift), None
+    else:
+        calculus = "ito" if additive else noise
+        equation, key = sf.SDE(drift, diffusion, interpretation=calculus, additive=additive), jr.key(0)
+    sol = sf.solve(equation, jnp.ones(2), [0.0, 1.0], dt0=0.2, solver=solver, key=key)
+    jax.effects_barrier()
+    assert int(sol.stats["num_steps"]) == 5
+    assert int(sol.stats["nfe"]) == len(calls)

@@ -1,8 +1,12 @@
 """Padding is invisible, bit for bit: in the states, and in every gradient."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.battery import CASES, DEFAULT, SLOW, largest_difference, solved
+from helpers.battery import CASES, DEFAULT, SLOW, equation_of, largest_difference, path_of, solved
+
+import sdeflow as sf
 
 NAMES = DEFAULT + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 # One solver of each family by default; the two whose steps of length zero are not the identity among them.
@@ -43,3 +47,27 @@ def test_float32_padding_changes_no_bit():
     bare = solved("ShARK", "solve-step", "float32", padding=0)
     assert _bits(solved("ShARK", "solve-step", "float32", padding=7)) == _bits(bare)
     assert all(x.dtype == np.float32 for x in bare.values())
+
+
+@pytest.mark.parametrize(("solver", "checkpoints"), [("Heun", "step"), ("ReversibleHeun", "sqrt"), ("Euler", 2)])
+def test_a_nested_scan_over_equal_intervals_is_the_flat_one(solver, checkpoints):
+    # Equal numbers of steps in every interval are walked as a scan of scans; padding makes it one flat scan.
+    case = CASES[solver]
+    with jax.enable_x64(True):
+        ts = np.array([0.0, 0.3, 1.0, 1.2, 1.5, 1.6])
+        fine = sf.grids.subdivide(ts, 3)
+        grid = sf.grids.Grid(*(np.asarray(x) for x in (fine.left, fine.right, fine.live, fine.save)))
+        path = path_of(case, grid, "float64")
+
+        def loss(y0, args, grid, path):
+            equation = equation_of(case.noise, 1.1)
+            adjoint = sf.adjoints.DiscreteAdjoint(checkpoints)
+            sol = sf.solve(equation, y0, ts, args=args, grid=grid, path=path, solver=case.solver, adjoint=adjoint)
+            return (jnp.cos(jnp.arange(6.0))[:, None] * sol.ys).sum(), sol.ys
+
+        run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        start = (jnp.array([0.3, 0.7]), jnp.array(0.7))
+        nested = jax.jit(lambda: run(*start, grid, path))()
+        flat = jax.jit(lambda grid, path: run(*start, grid, path))(grid, path)
+    for a, b in zip(jax.tree.leaves(nested), jax.tree.leaves(flat)):
+        np.testing.assert_allclose(a, b, rtol=1e-13)
