@@ -26,12 +26,13 @@ def model_of(channels=3, classes=4, size=5, **kwargs):
 
 
 def ragged(num=6, channels=3, ids=None, seed=0):
-    """Series of 3 to 9 steps at random times, with gaps."""
+    """Series of 3 to 9 steps at random times, with gaps; the mean of the last channel is the label."""
     rng = np.random.default_rng(seed)
     lengths = 3 + np.arange(num) % 7
     times = [np.cumsum(rng.uniform(0.1, 1.0, size=n)) for n in lengths]
     values = [np.where(rng.random((n, channels)) < 0.3, np.nan, rng.normal(size=(n, channels))) for n in lengths]
-    for x in values:
+    for i, x in enumerate(values):
+        x[:, -1] += i % 4
         x[0, 0] = 1.0
     return TimeSeries.from_arrays(times, values, labels=np.arange(num) % 4, ids=ids).with_buckets(9)
 
