@@ -21,12 +21,13 @@ _SHOWN_CLASSES = 3
 _SHOWN_SERIES = 4
 
 
-def series(out: Path, *, seed: int = 0, quick: bool = False) -> Iterator[str]:
+def series(out: Path, *, seed: int = 2, quick: bool = False) -> Iterator[str]:
     """Classify series of which half of the values are missing, by a neural Langevin equation.
 
     Arguments:
         out: the directory of the figure; made if it is not there.
-        seed: decides what is missing, how the data are split, the initial weights and the noise.
+        seed: decides what is missing, how the data are split, the initial weights and the noise; the default is not
+            the best of several but one near their mean.
         quick: a few steps on a small simulated data set.
 
     Raises:

@@ -85,6 +85,7 @@ def test_padded_states_repeat_the_last_one():
     np.testing.assert_array_equal(states[3:], np.broadcast_to(states[2], (6, 5)))
 
 
+@pytest.mark.slow
 def test_more_steps_and_another_solver_are_another_walk_to_the_same_end():
     sde = dict(size=2, classes=2)
     batch = ragged().batch(np.arange(6))
@@ -271,7 +272,8 @@ def test_two_hundred_steps_compile_once_for_each_bucket():
     result = fit(model_of(), data, loss, optim=optax.adam(1e-2), steps=200, batch_size=8, key=jr.key(0), progress=False)
     assert sorted(traced) == [(8, 5), (8, 9)]
     assert result.num_steps == 200
-    assert np.mean(result.history["loss"][-20:]) < 0.7 * np.mean(result.history["loss"][:20])
+    first, last = result.history["loss"][:20], result.history["loss"][-20:]
+    assert np.mean(first) - np.mean(last) > 5 * np.sqrt((np.var(first, ddof=1) + np.var(last, ddof=1)) / 20)
 
 
 # ---- It learns. ----
@@ -279,25 +281,24 @@ def test_two_hundred_steps_compile_once_for_each_bucket():
 
 @pytest.mark.slow
 def test_it_tells_apart_classes_that_differ_only_in_how_they_move():
-    train, test = simulated_series(150, num_test=90, key=jr.key(0))
-    dynamics = NeuralLangevinSDE(16, control_size=4, width=32, key=jr.key(1))
-    model = SeriesModel(dynamics, channels=4, num_outputs=3, key=jr.key(2))
-    optim = optax.adam(optax.cosine_decay_schedule(3e-3, 400))
+    train, test = simulated_series(400, num_test=200, num_classes=2, num_channels=2, key=jr.key(0))
+    train, test = train.with_buckets(30), test.with_buckets(30)
     train, held_out = train.split(0.8, key=jr.key(3))
+    dynamics = NeuralLangevinSDE(16, control_size=2, width=32, key=jr.key(1))
     result = fit(
-        model,
+        SeriesModel(dynamics, channels=2, num_outputs=2, key=jr.key(2)),
         train,
         CrossEntropy(),
-        optim=optim,
-        steps=400,
+        optim=optax.adam(optax.cosine_decay_schedule(3e-3, 800)),
+        steps=800,
         batch_size=32,
         key=jr.key(4),
         validation=held_out,
         progress=False,
     )
     accuracy = (result.model.predict(test, key=jr.key(5)).argmax(axis=1) == test.labels).mean()
-    # One third is chance; 5 standard errors of 90 series are 0.25.
-    assert accuracy > 1 / 3 + 0.25
+    # Half is chance, and 5 standard errors of 200 series more are 0.68.
+    assert accuracy > 0.8
 
 
 # ---- Refusals. ----
