@@ -81,8 +81,8 @@ def solve(
             else Euler (Ito) or Heun (Stratonovich).
         path: what drives a stochastic equation, e.g. `sdeflow.paths.GridBrownian`.
         stepsize_controller: a diffrax controller for adaptive steps.
-        adjoint: how gradients come back. Default: `sdeflow.adjoints.DiscreteAdjoint`; of diffrax's, RecursiveCheckpoint,
-            Direct and ForwardMode work too.
+        adjoint: how gradients come back. Default: `sdeflow.adjoints.DiscreteAdjoint`; of those of diffrax,
+            RecursiveCheckpoint, Direct and ForwardMode work too.
         regularisers: what to charge the model for its solve.
         save_fn: ``save_fn(t, y, args)``, what to keep of the state at the requested times.
         event: a ``diffrax.Event`` that may end the solve.
