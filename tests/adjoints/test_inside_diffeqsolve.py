@@ -122,12 +122,9 @@ CALLS = {
     "no time at all, times": lambda: Call(ODE, dfx.Tsit5(), 0.5, 0.5, 0.3, saveat=dfx.SaveAt(ts=np.full(2, 0.5))),
 }
 DEFAULT = {
-    "ode, every third step",
     "ode, a tree of what to save",
-    "ode, steps that do not divide",
     "ode, more steps than one chunk",
     "ode, too few steps allowed, times",
-    "ode, too few given steps",
     "ode backwards, times",
     "sde on a tree",
     "sde on a grid",
@@ -248,7 +245,13 @@ _OFF_GRID = {
 }
 
 
-@pytest.mark.parametrize(("adjoint", "solver", "times"), _OFF_GRID.values(), ids=_OFF_GRID)
+_OFTEN = ("half steps", "steps that do not divide", "finer steps, diffrax's adjoint")
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "solver", "times"),
+    [pytest.param(*v, id=k, marks=[] if k in _OFTEN else pytest.mark.slow) for k, v in _OFF_GRID.items()],
+)
 def test_steps_that_are_not_those_of_the_grid_are_never_a_silent_number(adjoint, solver, times):
     run = jax.jit(lambda y0, args: _call(Call(_sde(_grid_path()), solver, *times), y0, args, adjoint))
     sol = run(jnp.asarray(Y0), ARGS)
