@@ -1,13 +1,16 @@
 """Exact gradients of adaptive steps: diffrax's own loop forwards, the steps that it accepted backwards.
 
-Forwards nothing changes: the value is that of ``diffrax.diffeqsolve``. When a gradient is wanted, the loop also writes
-the start of every accepted step (time, state, solver state) into a record of static length; a rejected attempt is
-overwritten by the next. Backwards a while loop runs over the accepted steps alone,
+Forwards the loop and its controller are those of ``diffrax.diffeqsolve``. When a gradient is wanted, the loop also
+writes the start of every accepted step (time, state, where needed the solver's state) into a record of static length; a
+rejected attempt is overwritten by the next. Backwards a while loop runs over the accepted steps alone,
 
     (dL/dy_i, dL/dtheta)  +=  vjp of one solver step at (t_i, y_i),
 
 so that rejected steps, even those that hit NaN, can touch neither value nor gradient, and the cost does not grow with
 ``max_steps``. Step sizes count as constants, as in diffrax; gradients with respect to times need a fixed grid.
+
+Each step is that of a walk: the terms as the user gave them, in the direction that time has, the noise fed as a row.
+diffrax would mirror time instead, where its stochastic Runge-Kutta solvers have the wrong sign of the drift.
 """
 
 from collections.abc import Callable
@@ -19,18 +22,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._compat import buffer_at_set, is_buffer, is_save_state, lax_while_loop
-from ..walking import prepare_solver
-from ._sweep import Lane, Record, sweep
-from ._within_diffrax import CHUNK, Steps, walk_steps
+from .._compat import buffer_at_set, is_buffer, is_save_state, lax_while_loop, unwrap
+from ..paths._rows import RowNoise
+from ..walking import adopt_state, asks_within, make_rows, prepare_solver, restarts, straighten
+from ._attach import attach
+from ._sweep import Record, Solve, sweep
+from ._within_diffrax import CHUNK, Steps, is_save, walk_steps
 
 # What diffrax hands to an adjoint but its own loop does not take.
 _NOT_FOR_LOOP = ("init_state", "throw", "passed_solver_state", "passed_controller_state")
-
-
-def is_save(x: Any) -> bool:
-    """Whether ``x`` is one ``diffrax.SubSaveAt``."""
-    return isinstance(x, diffrax.SubSaveAt)
 
 
 def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:
@@ -64,25 +64,71 @@ def _saves(state: Any) -> list[Any]:
     return jtu.tree_leaves(state.save_state, is_leaf=is_save_state)
 
 
-def _snapshot(state: Any) -> Record:
-    saved = tuple(save.saveat_ts_index for save in _saves(state))
-    now = Record(state.tprev, state.tnext, state.made_jump, state.y, state.solver_state, saved)
-    return jtu.tree_map(jnp.asarray, now)
+def _ys(state: Any) -> list[Any]:
+    return [save.ys for save in _saves(state)]
 
 
-def run_recording(
+class _Walking(diffrax.AbstractWrappedSolver):
+    """The solver with which diffrax's loop takes the steps of a walk."""
+
+    solver: Any
+
+    @property
+    def term_structure(self) -> Any:
+        return self.solver.term_structure
+
+    @property
+    def interpolation_cls(self) -> Any:
+        return self.solver.interpolation_cls
+
+    def error_order(self, terms: Any) -> Any:
+        return self.solver.error_order(terms)
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> Any:
+        bare, direction = unwrap(terms)
+        return self.solver.init(bare, t0 * direction, t1 * direction, y0, args)
+
+    def step(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any, solver_state: Any, made_jump: Any) -> Any:
+        bare, direction = unwrap(terms)
+        left, right = t0 * direction, t1 * direction
+        rows = make_rows(bare, left[None], right[None], own_grid=False, within=asks_within(self.solver))
+        here = rows.source.install(bare, jtu.tree_map(lambda x: x[0], rows.noise), left, right, False)
+        return self.solver.step(here, left, right, y0, args, solver_state, made_jump)
+
+    def func(self, terms: Any, t0: Any, y0: Any, args: Any) -> Any:
+        return self.solver.func(terms, t0, y0, args)
+
+
+def _run_recording(
     adjoint: diffrax.AbstractAdjoint, state: Any, length: int, kwargs: dict[str, Any]
 ) -> tuple[Any, Record]:
     """Diffrax's loop with a record of the accepted steps. Where nobody reads the record, XLA removes it."""
+    solver, args, t0 = kwargs["solver"], kwargs["args"], kwargs["t0"]
+    bare, direction = unwrap(kwargs["terms"])
+    forgets = restarts(prepare_solver(solver), state.solver_state)
+    if not RowNoise.of(bare).paths:
+        # Other rounding in the error estimate moves the steps by a hair. The solution of an ordinary equation does not
+        # mind; one that is driven by noise would see another noise, and is stepped with by diffrax's own code.
+        solver = straighten(solver)
+    adopted = adopt_state(
+        solver, state.solver_state, bare, t0 * direction, state.tnext * direction, state.y, args, fresh=True
+    )
+    state = eqx.tree_at(lambda s: s.solver_state, state, adopted, is_leaf=lambda x: x is None)
     records: list[Record] = []
 
+    def snapshot(state: Any) -> Record:
+        saved = tuple(save.saveat_ts_index for save in _saves(state))
+        kept = None if forgets else state.solver_state
+        now = Record(state.tprev, state.tnext, state.made_jump, state.y, kept, saved)  # pyright: ignore
+        return jtu.tree_map(jnp.asarray, now)
+
     def outer(cond: Callable, body: Callable, init: Any, *, max_steps: Any, buffers: Callable) -> Any:
-        empty = jtu.tree_map(lambda x: jnp.zeros((length, *x.shape), x.dtype), _snapshot(init))
+        empty = jtu.tree_map(lambda x: jnp.zeros((length, *x.shape), x.dtype), snapshot(init))
 
         def step(carry: tuple[Any, Record]) -> tuple[Any, Record]:
             state, record = carry
             at = state.num_accepted_steps
-            record = jtu.tree_map(lambda x, r: buffer_at_set(r, at, x), _snapshot(state), record)
+            record = jtu.tree_map(lambda x, r: buffer_at_set(r, at, x), snapshot(state), record)
             return body(state), record
 
         state, record = lax_while_loop(
@@ -96,7 +142,8 @@ def run_recording(
         records.append(record)
         return state
 
-    final, _ = adjoint._loop(**kwargs, init_state=state, inner_while_loop=lax_while_loop, outer_while_loop=outer)
+    loop = {**kwargs, "solver": _Walking(solver)}  # pyright: ignore
+    final, _ = adjoint._loop(**loop, init_state=state, inner_while_loop=lax_while_loop, outer_while_loop=outer)
     return final, records[0]
 
 
@@ -115,7 +162,7 @@ def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[
     """The adaptive loop, its accepted steps then walked in chunks, so that derivatives of every order exist."""
     state, jumps = kwargs["init_state"], may_jump(kwargs["stepsize_controller"])
     loop = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
-    run = _freeze(eqx.filter_closure_convert(lambda s: run_recording(adjoint, s, length, loop), _freeze(state)))
+    run = _freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, loop), _freeze(state)))
     final, record = run(_freeze(state))
     count = final.num_accepted_steps
     row = jnp.arange(-(-length // CHUNK) * CHUNK)
@@ -130,11 +177,10 @@ def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[
     overflow = count > length
     factor = jnp.where(overflow, jnp.nan, 1.0)
     spoil = lambda x: x * factor.astype(x.dtype) if eqx.is_inexact_array(x) else x
-    ys = jtu.tree_map(spoil, [s.ys for s in _saves(final)])
+    ys = jtu.tree_map(spoil, _ys(final))
     if kwargs["throw"]:
         ys = eqx.error_if(ys, overflow, _too_long(length))
-    final = eqx.tree_at(lambda f: [s.ys for s in _saves(f)], final, ys)
-    return final, {"record_overflow": overflow}
+    return eqx.tree_at(_ys, final, ys), {"record_overflow": overflow}
 
 
 def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -142,83 +188,50 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
     state, throw = kwargs["init_state"], kwargs["throw"]
     kwargs = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
     solver, terms, args, controller = (kwargs[k] for k in ("solver", "terms", "args", "stepsize_controller"))
-    subs, replayed = subs_of(kwargs["saveat"]), prepare_solver(solver)
-    jumps = may_jump(controller)
+    subs, inner = subs_of(kwargs["saveat"]), prepare_solver(solver)
+    walking, jumps, forgets = _Walking(inner), may_jump(controller), restarts(inner, state.solver_state)  # pyright: ignore
 
     def replay(y: Any, solver_state: Any, tprev: Any, tnext: Any, jump: Any) -> tuple[Any, Any, Any]:
-        jump = jump if jumps else False
-        y1, _, dense, state1, _ = replayed.step(terms, tprev, tnext, y, args, solver_state, jump)
-        return y1, state1, dense
+        if forgets:
+            # The state follows from the solution, and so does its derivative; a jump needs no mention either.
+            solver_state = walking.init(terms, tprev, tnext, y, args)
+        flag = jump if jumps and not forgets else False
+        y1, _, dense, state1, _ = walking.step(terms, tprev, tnext, y, args, solver_state, flag)
+        return y1, (None if forgets else state1), dense
 
     def save(t: Any, y: Any) -> tuple[Any, ...]:
         return tuple(sub.fn(t, y, args) for sub in subs)
 
-    # What the user's functions close over must be seen by the reverse rule, so it is made an input of it.
-    flag = jnp.asarray(False)
-    example = (state.y, state.solver_state, state.tprev, state.tnext, flag)
-    step = eqx.filter_closure_convert(replay, *jtu.tree_map(jnp.asarray, example))
-    save = eqx.filter_closure_convert(save, state.tprev, state.y)
-    run = _freeze(eqx.filter_closure_convert(lambda s: run_recording(adjoint, s, length, kwargs), _freeze(state)))
-    times = (kwargs["t0"], kwargs["t1"], tuple(sub.ts for sub in subs))
-
     # The loop itself stands outside of differentiation; the rule below only says where gradients of ys come from.
+    run = _freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, kwargs), _freeze(state)))
     final, record = run(_freeze(state))
-    found = [s.ys for s in _saves(final)]
 
-    @eqx.filter_custom_vjp
-    def attach(inputs: Any, ys: Any, record: Any, final: Any) -> Any:
-        return ys, jnp.zeros(())
-
-    @attach.def_fwd
-    def forward(perturbed: Any, inputs: Any, ys: Any, record: Any, final: Any) -> Any:
-        return (ys, (final.num_accepted_steps > length).astype(float)), None
-
-    @attach.def_bwd
-    def backward(_: Any, grads: Any, perturbed: Any, inputs: Any, ys: Any, record: Any, final: Any) -> Any:
-        step, save, y0, solver_state0, (t0, _, ts) = inputs
-        if any(jtu.tree_leaves(perturbed[4])):
-            raise ValueError(
-                "Gradients with respect to t0, t1 or the saved times need a fixed grid: pass dt0=, grid= or "
-                "steps_per_interval= instead of an adaptive stepsize_controller."
-            )
-        wanted = lambda tree, mask: jtu.tree_map(lambda x, m: x if m is True else None, tree, mask)
-        saves = _saves(final)
-        lane = Lane(
-            step=step,
-            save=save,
-            step_d=wanted(step, perturbed[0]),
-            save_d=wanted(save, perturbed[1]),
-            record=record,
-            y0=y0,
-            solver_state0=solver_state0,
-            t0=t0,
-            ts=ts,
-            count=final.num_accepted_steps,
-            last=(final.tprev, final.y),
-            saved=tuple(s.saveat_ts_index for s in saves),
-            index=tuple(s.save_index for s in saves),
-            ct=tuple(
-                jtu.tree_map(lambda y, g: jnp.zeros_like(y) if g is None else g, s.ys, g)
-                for s, g in zip(saves, grads[0])
-            ),
-            jumps=jumps,
-            subs=tuple((sub.t0, sub.t1, sub.steps) for sub in subs),
-            interpolation=solver.interpolation_cls,
-        )
-        like = lambda ct, x: eqx.combine(ct, jtu.tree_map(lambda _: None, x))
-        return (
-            *(like(ct, x) for ct, x in zip(sweep(lane), inputs[:4])),
-            jtu.tree_map(lambda _: None, inputs[4]),
-        )
-
-    inputs = (step, save, state.y, state.solver_state, times)
-    ys, overflow = attach(inputs, found, record, final)
-    overflow = jax.lax.stop_gradient(overflow) > 0
+    # What the user's functions close over must be seen by the reverse rule, so it is made an input of it.
+    solver_state = None if forgets else state.solver_state
+    example = (state.y, solver_state, state.tprev, state.tnext, jnp.asarray(False))
+    saves = _saves(final)
+    solve = Solve(
+        step=eqx.filter_closure_convert(replay, *jtu.tree_map(jnp.asarray, example)),
+        save=eqx.filter_closure_convert(save, state.tprev, state.y),
+        record=record,
+        y0=state.y,
+        solver_state0=solver_state,
+        t0=kwargs["t0"],
+        t1=kwargs["t1"],
+        ts=tuple(sub.ts for sub in subs),
+        count=final.num_accepted_steps,
+        last=(final.tprev, final.y),
+        saved=tuple(s.saveat_ts_index for s in saves),
+        index=tuple(s.save_index for s in saves),
+        subs=tuple((sub.t0, sub.t1, sub.steps) for sub in subs),
+        interpolation=solver.interpolation_cls,
+    )
+    ys, rest = eqx.partition(_ys(final), eqx.is_inexact_array)
+    found, treedef = jtu.tree_flatten(ys)
+    rule, inputs = sweep(solve, treedef)
+    # A record that is too short matters where a gradient is taken, and nowhere else.
+    found, overflow = attach(rule, found, inputs, final.num_accepted_steps > length)
+    ys = eqx.combine(treedef.unflatten(found), rest)
     if throw:
-        ys = eqx.error_if(
-            ys,
-            overflow,
-            _too_long(length),
-        )
-    final = eqx.tree_at(lambda f: [s.ys for s in _saves(f)], final, ys)
-    return final, {"record_overflow": overflow}
+        ys = eqx.error_if(ys, overflow, _too_long(length))
+    return eqx.tree_at(_ys, final, ys), {"record_overflow": overflow}

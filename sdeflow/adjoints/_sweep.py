@@ -2,11 +2,12 @@
 
 One solve: a while loop from the last accepted step to the first, each time the vector-Jacobian product of one step.
 
-A batch (``jax.vmap``) of solves that took different numbers of steps: one loop for all, each lane aligned at its own
-last step. There the cotangent of shared parameters is what would cost most, since every lane must have its own: it is
-left out of the loop over steps and taken for a few steps at a time, as one matrix product a lane.
+A batch of solves that took different numbers of steps: one loop for all, each lane aligned at its own last step, and
+one vector-Jacobian product of all lanes' steps together, so that the cotangent of what they share is one sum from the
+start. A lane that has no step left takes another lane's, with cotangents of zero.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-GROUP = 4  # steps whose parameter cotangents are taken together in a batch
+from ._attach import Flags, Rule
 
 
 class Record(eqx.Module):
@@ -26,6 +27,57 @@ class Record(eqx.Module):
     y: Any
     solver_state: Any
     saved: Any
+
+
+class Solve(eqx.Module):
+    """All that the sweep over one solve reads.
+
+    Arguments:
+        step: ``step(y, solver_state, tprev, tnext, jump) -> (y1, solver_state1, dense)``, with what it closes over.
+        save: ``save(t, y)``, a tuple of what each sub saves, with what it closes over.
+        record: the accepted steps.
+        y0, solver_state0: the start.
+        t0, t1: the ends of time.
+        ts: for each sub, the times it saves, or None.
+        count: how many steps were accepted.
+        last: the last time and state.
+        saved, index: for each sub, how many of its times were saved, and how many entries it wrote.
+        subs: for each sub, whether it saves t0 and t1, and every how many steps it saves (static).
+        interpolation: how the solver interpolates within a step (static).
+    """
+
+    step: Any
+    save: Any
+    record: Record
+    y0: Any
+    solver_state0: Any
+    t0: Any
+    t1: Any
+    ts: tuple[Any, ...]
+    count: Any
+    last: tuple[Any, Any]
+    saved: tuple[Any, ...]
+    index: tuple[Any, ...]
+    subs: tuple[tuple[bool, bool, int], ...] = eqx.field(static=True)
+    interpolation: Any = eqx.field(static=True)
+
+    @property
+    def length(self) -> int:
+        """How many steps the record holds."""
+        return self.record.tprev.shape[0]
+
+    @property
+    def taken(self) -> Any:
+        """How many steps the record can answer for."""
+        return jnp.minimum(self.count, self.length)
+
+    def take(self, y: Any, state: Any, row: Record) -> tuple[tuple[Any, Any, Any], Any]:
+        """One recorded step from (y, state); returns y1 and what is floating of the next state and of the dense info.
+
+        The rest of the dense information is static to the reverse pass, and is returned beside them.
+        """
+        y1, state1, dense = self.step(y, eqx.combine(state, row.solver_state), row.tprev, row.tnext, row.jump)
+        return (y1, inexact(state1), inexact(dense)), eqx.filter(dense, eqx.is_inexact_array, inverse=True)
 
 
 def inexact(tree: Any) -> Any:
@@ -42,232 +94,214 @@ def _add(a: Any, b: Any) -> Any:
     return jtu.tree_map(jnp.add, a, b)
 
 
-def _where(keep: Any, tree: Any) -> Any:
-    return jtu.tree_map(lambda x: jnp.where(keep, x, 0), tree)
-
-
 def _at(tree: Any, i: Any) -> Any:
     return jtu.tree_map(lambda x: x[i], tree)
 
 
-class Lane(eqx.Module):
-    """All that the sweep over one solve reads.
+def _where(keep: Any, a: Any, b: Any) -> Any:
+    """Choose between trees; ``keep`` may lead with the batch, as the leaves then do."""
+    wide = lambda x: jnp.reshape(keep, jnp.shape(keep) + (1,) * (x.ndim - jnp.ndim(keep)))
+    return jtu.tree_map(lambda a, b: jnp.where(wide(a), a, b), a, b)
+
+
+def sweep(solve: Solve, ys: Any) -> tuple[Rule, list[Any]]:
+    """The reverse rule of a solve for `attach`, and the inputs that it is to be given.
 
     Arguments:
-        step: ``step(y, solver_state, tprev, tnext, jump) -> (y1, solver_state1, dense)``, with what it closes over.
-        save: ``save(t, y)``, a tuple of what each sub saves, with what it closes over.
-        step_d, save_d: the leaves of both whose cotangents are wanted.
-        record: the accepted steps.
-        y0, solver_state0: the start.
-        t0: the first time.
-        ts: for each sub, the times it saves, or None.
-        count: how many steps were accepted.
-        last: the last time and state.
-        saved, index: for each sub, how many of its times were saved, and how many entries it wrote.
-        ct: for each sub, the cotangent of all that it saved.
-        jumps: whether the field may jump, which solvers also decide for all lanes at once (static).
-        subs: for each sub, whether it saves t0 and t1, and every how many steps it saves (static).
-        interpolation: how the solver interpolates within a step (static).
+        ys: the tree structure of the floating leaves of what was saved.
     """
+    arrays, static = eqx.partition(solve, eqx.is_array)
+    inputs, treedef = jtu.tree_flatten(arrays)
+    places = treedef.unflatten(range(len(inputs)))
+    times = set(jtu.tree_leaves((places.t0, places.t1, places.ts)))
 
-    step: Any
-    save: Any
-    step_d: Any
-    save_d: Any
-    record: Record
-    y0: Any
-    solver_state0: Any
-    t0: Any
-    ts: tuple[Any, ...]
-    count: Any
-    last: tuple[Any, Any]
-    saved: tuple[Any, ...]
-    index: tuple[Any, ...]
-    ct: tuple[Any, ...]
-    jumps: bool = eqx.field(static=True)
-    subs: tuple[tuple[bool, bool, int], ...] = eqx.field(static=True)
-    interpolation: Any = eqx.field(static=True)
+    def build(inputs: list[Any]) -> Solve:
+        return eqx.combine(treedef.unflatten(inputs), static)
 
-    @property
-    def length(self) -> int:
-        """How many steps the record holds."""
-        return self.record.tprev.shape[0]
+    def rule(inputs: list[Any], cts: list[Any], wanted: Flags, batched: Flags | None) -> list[Any]:
+        chosen = [i for i, w in enumerate(wanted) if w]
+        if times & set(chosen):
+            raise ValueError(
+                "Gradients with respect to t0, t1 or the saved times need a fixed grid: pass dt0=, grid= or "
+                "steps_per_interval= instead of an adaptive stepsize_controller."
+            )
+        out = _Sweep(build, places, inputs, chosen, batched).run(ys.unflatten(cts))
+        return [out[i] for i in chosen]
 
-    @property
-    def taken(self) -> Any:
-        """How many steps the record can answer for."""
-        return jnp.minimum(self.count, self.length)
+    return rule, inputs
 
-    def pull_save(self, k: int, t: Any, y: Any, ct: Any) -> tuple[Any, Any]:
+
+class _Sweep:
+    """One sweep: cotangents of the ``chosen`` inputs, by their numbers."""
+
+    def __init__(
+        self,
+        build: Callable[[list[Any]], Solve],
+        places: Any,
+        inputs: list[Any],
+        chosen: list[int],
+        batched: Flags | None,
+    ):
+        self.build, self.places, self.inputs, self.batched = build, places, inputs, batched
+        self.many = batched is not None
+        self.of_step = [i for i in chosen if i in set(jtu.tree_leaves(places.step))]
+        self.of_save = [i for i in chosen if i in set(jtu.tree_leaves(places.save))]
+
+    def over(self, f: Callable[..., Any], inputs: list[Any], *rest: Any) -> Any:
+        """``f(inputs, *rest)`` for one solve, or for every lane of a batch; ``rest`` then leads with the batch."""
+        if not self.many:
+            return f(inputs, *rest)
+        axes = [0 if flag else None for flag in self.batched]  # pyright: ignore
+        return jax.vmap(f, in_axes=(axes, *(0 for _ in rest)))(inputs, *rest)
+
+    def _with(self, inputs: list[Any], numbers: list[int], values: list[Any]) -> list[Any]:
+        new = dict(zip(numbers, values))
+        return [new.get(i, x) for i, x in enumerate(inputs)]
+
+    # What was saved: the rules for one lane.
+
+    def _pull_save(self, inputs: list[Any], k: int, t: Any, y: Any, ct: Any) -> tuple[list[Any], Any]:
         """The cotangent of what sub k saved at (t, y), pulled back to what its function holds and to y."""
-        _, pull = jax.vjp(lambda s, y: eqx.combine(s, self.save)(t, y)[k], self.save_d, y)
-        return pull(ct)
 
-    def start(self) -> tuple[Any, Any, Any]:
+        def saved(held: list[Any], y: Any) -> Any:
+            return inexact(self.build(self._with(inputs, self.of_save, held)).save(t, y)[k])
+
+        return jax.vjp(saved, [inputs[i] for i in self.of_save], y)[1](ct)
+
+    def _start(self, inputs: list[Any], ct: Any) -> tuple[Any, Any, list[Any]]:
         """Cotangents of the last state, of the last solver state and of what the save functions hold."""
-        ct_y, ct_save = zeros(self.y0), zeros(self.save_d)
-        for k, (_, t1, steps) in enumerate(self.subs):
+        solve = self.build(inputs)
+        ct_y, ct_save = zeros(solve.y0), [zeros(inputs[i]) for i in self.of_save]
+        for k, (_, t1, steps) in enumerate(solve.subs):
             if t1 and steps != 1:
-                ct = _at(self.ct[k], self.index[k] - 1)
-                ct = _where(self.count % steps != 0, ct) if steps else ct
-                a, b = self.pull_save(k, *self.last, ct)
+                entry = _at(ct[k], solve.index[k] - 1)
+                entry = _where(solve.count % steps != 0, entry, zeros(entry)) if steps else entry
+                a, b = self._pull_save(inputs, k, *solve.last, entry)
                 ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
-        return ct_y, zeros(inexact(self.solver_state0)), ct_save
+        return ct_y, zeros(inexact(solve.solver_state0)), ct_save
 
-    def outputs(self, step_d: Any, row: Record, y: Any, state_d: Any) -> tuple[Any, Any, Any]:
-        """The floating outputs of one recorded step, as a function of all that may have a cotangent."""
-        state = eqx.combine(state_d, row.solver_state)
-        y1, state1, dense = eqx.combine(step_d, self.step)(y, state, row.tprev, row.tnext, row.jump)
-        return y1, inexact(state1), dense
+    def _row(self, inputs: list[Any], i: Any) -> Record:
+        return _at(self.build(inputs).record, i)
 
-    def row(self, i: Any, waits: Any = False) -> Record:
-        """Step i of the record.
-
-        Solvers look at their flags (is this the first step?) for all lanes of a batch at once, and one that is set
-        changes the others' arithmetic, so a lane that waits at its start must not show its own.
-        """
-        row = _at(self.record, i)
-        if waits is False:
-            return row
-        hide = lambda x: x if eqx.is_inexact_array(x) else jnp.where(waits, jnp.zeros_like(x), x)
-        return eqx.tree_at(
-            lambda r: r.solver_state, row, jtu.tree_map(hide, row.solver_state), is_leaf=lambda x: x is None
-        )
-
-    def back(self, i: Any, ct: tuple[Any, Any, Any], with_parameters: bool, waits: Any = False) -> tuple[Any, Any, Any]:
-        """Sweep over step i.
-
-        Returns:
-            The cotangents before the step, those of the step's parameters (None without), and those of its outputs.
-        """
-        ct_y, ct_state, ct_save = ct
-        row = self.row(i, waits)
-        static: list[Any] = []
-
-        def one(step_d: Any, y: Any, state_d: Any) -> tuple[Any, Any, Any]:
-            y1, state1, dense = self.outputs(step_d, row, y, state_d)
-            static.append(eqx.filter(dense, eqx.is_inexact_array, inverse=True))
-            return y1, state1, inexact(dense)
-
-        step_d = self.step_d if with_parameters else None
-        (y1, _, dense), pull = jax.vjp(one, step_d, row.y, inexact(row.solver_state))
+    def _pull_saves(
+        self, inputs: list[Any], i: Any, row: Record, out: Any, dense_rest: Any, ct: Any, cts: Any
+    ) -> tuple[Any, Any, list[Any]]:
+        """Add what was saved in step i: cotangents of y1, of the dense information, of what save functions hold."""
+        solve, (y1, _, dense) = self.build(inputs), out
+        ct_y, ct_save = cts
         ct_dense = zeros(dense)
-        for k, (_, _, steps) in enumerate(self.subs):
-            if self.ts[k] is not None:
-                ct_dense, ct_save = self._pull_times(k, i, row, (dense, static[0]), (ct_dense, ct_save))
+        for k, (t0, _, steps) in enumerate(solve.subs):
+            if solve.ts[k] is not None:
+                found = (dense, dense_rest)
+                ct_dense, ct_save = self._pull_times(inputs, k, i, row, found, ct[k], (ct_dense, ct_save))
             if steps:
-                entry = (1 if self.subs[k][0] else 0) + (i + 1) // steps - 1
-                a, b = self.pull_save(k, row.tnext, y1, _where((i + 1) % steps == 0, _at(self.ct[k], entry)))
+                entry = _at(ct[k], (1 if t0 else 0) + (i + 1) // steps - 1)
+                entry = _where((i + 1) % steps == 0, entry, zeros(entry))
+                a, b = self._pull_save(inputs, k, row.tnext, y1, entry)
                 ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
-        seen = (ct_y, ct_state, ct_dense)
-        ct_step, ct_y, ct_state = pull(seen)
-        return (ct_y, ct_state, ct_save), ct_step, seen
+        return ct_y, ct_dense, ct_save
 
-    def _pull_times(self, k: int, i: Any, row: Record, dense: Any, ct: tuple[Any, Any]) -> tuple[Any, Any]:
+    def _pull_times(
+        self, inputs: list[Any], k: int, i: Any, row: Record, dense: Any, ct: Any, cts: tuple[Any, Any]
+    ) -> tuple[Any, Any]:
         """Cotangents of the times that sub k saved within step i, pulled back to the step's dense information."""
-        low, after = row.saved[k], self.record.saved[k][jnp.minimum(i + 1, self.length - 1)]
-        high = jnp.where(i + 1 < self.count, after, self.saved[k])
+        solve = self.build(inputs)
+        after = solve.record.saved[k][jnp.minimum(i + 1, solve.length - 1)]
+        high = jnp.where(i + 1 < solve.count, after, solve.saved[k])
 
         def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
             j, ct_dense, ct_save = carry
-            t = self.ts[k][j]
+            t = solve.ts[k][j]
 
             def interpolate(d: Any) -> Any:
-                return self.interpolation(t0=row.tprev, t1=row.tnext, **eqx.combine(d, dense[1])).evaluate(t)
+                return solve.interpolation(t0=row.tprev, t1=row.tnext, **eqx.combine(d, dense[1])).evaluate(t)
 
             y, pull = jax.vjp(interpolate, dense[0])
-            a, b = self.pull_save(k, t, y, _at(self.ct[k], (1 if self.subs[k][0] else 0) + j))
+            a, b = self._pull_save(inputs, k, t, y, _at(ct, (1 if solve.subs[k][0] else 0) + j))
             return j + 1, _add(ct_dense, pull(b)[0]), _add(ct_save, a)
 
-        _, ct_dense, ct_save = jax.lax.while_loop(lambda c: c[0] < high, one, (low, *ct))
+        _, ct_dense, ct_save = jax.lax.while_loop(lambda c: c[0] < high, one, (row.saved[k], *cts))
         return ct_dense, ct_save
 
-    def parameters(self, i: Any, seen: Any, waits: Any) -> Any:
-        """The parameters' cotangent of the steps ``i`` (a vector), given the cotangents of their outputs."""
-        rows = jax.vmap(self.row)(i, waits)
-
-        def all_rows(step_d: Any) -> Any:
-            def one(row: Record) -> Any:
-                y1, state1, dense = self.outputs(step_d, row, row.y, inexact(row.solver_state))
-                return y1, state1, inexact(dense)
-
-            return jax.vmap(one)(rows)
-
-        return jax.vjp(all_rows, self.step_d)[1](seen)[0]
-
-    def finish(self, ct: tuple[Any, Any, Any], ct_step: Any) -> tuple[Any, Any, Any, Any]:
-        """Add what was saved at t0; NaN if the record overflowed, which must never pass for a gradient."""
-        ct_y, ct_state, ct_save = ct
-        for k, (t0, _, _) in enumerate(self.subs):
+    def _finish(self, inputs: list[Any], ct: Any, cts: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Add what was saved at t0."""
+        solve, (ct_y, ct_save) = self.build(inputs), cts
+        for k, (t0, _, _) in enumerate(solve.subs):
             if t0:
-                a, b = self.pull_save(k, self.t0, self.y0, _at(self.ct[k], 0))
+                a, b = self._pull_save(inputs, k, solve.t0, solve.y0, _at(ct[k], 0))
                 ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
-        out = (ct_step, ct_save, ct_y, ct_state)
-        return jtu.tree_map(lambda x: jnp.where(self.count > self.length, jnp.nan, x), out)
+        return ct_y, ct_save
 
+    # The loop, for one lane or all.
 
-def sweep(lane: Lane) -> tuple[Any, Any, Any, Any]:
-    """Cotangents of the step's parameters, of what the save functions hold, of y0 and of the first solver state."""
-    arrays, static = eqx.partition(lane, eqx.is_array)
+    def _back(self, i: Any, live: Any, lead: Any, ct: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Sweep over step i, of every lane that is live; ``lead`` is the number of one that is."""
+        (ct_y, ct_state, ct_save), total = carry
+        row = self.over(self._row, self.inputs, i)
+        if self.many:
+            # Another lane's step is one that must be swept over anyway: what it computes is as finite as the result.
+            row = _where(live, row, jtu.tree_map(lambda x: x[lead][None], row))
 
-    @jax.custom_batching.custom_vmap
-    def run(arrays: Any) -> Any:
-        return _one(eqx.combine(arrays, static))
+        def take(inputs: list[Any], y: Any, state: Any, row: Record) -> Any:
+            return self.build(inputs).take(y, state, row)
 
-    @run.def_vmap
-    def batched(axis_size: int, in_batched: Any, arrays: Any) -> Any:
-        del axis_size
-        axes = jtu.tree_map(lambda b: 0 if b else None, in_batched[0])
-        if lane.jumps:
-            out = jax.vmap(lambda a: _one(eqx.combine(a, static)), in_axes=(axes,))(arrays)
-        else:
-            out = _many(arrays, static, axes)
-        return out, jtu.tree_map(lambda _: True, out)
+        def all_lanes(held: list[Any], y: Any, state: Any) -> Any:
+            return self.over(take, self._with(self.inputs, self.of_step, held), y, state, row)
 
-    return run(arrays)
+        held = [self.inputs[n] for n in self.of_step]
+        out, pull, rest = jax.vjp(all_lanes, held, row.y, inexact(row.solver_state), has_aux=True)
+        seen_y, ct_dense, saved = self.over(self._pull_saves, self.inputs, i, row, out, rest, ct, (ct_y, ct_save))
+        seen = (seen_y, ct_state, ct_dense)
+        if self.many:
+            seen = _where(live, seen, zeros(seen))
+            saved = _where(live, saved, ct_save)
+        more, new_y, new_state = pull(seen)
+        if self.many:
+            new_y, new_state = _where(live, (new_y, new_state), (ct_y, ct_state))
+        return (new_y, new_state, saved), _add(total, more)
 
+    def run(self, ct: Any) -> dict[int, Any]:
+        """All cotangents that are wanted, by the number of their input."""
+        taken = self.over(lambda inputs: self.build(inputs).taken, self.inputs)
+        lead = jnp.argmax(taken) if self.many else None
+        state = self.build(self.inputs).record.solver_state
+        # Solvers look at their flags (is this the first step?) for all lanes at once, and one that is set changes the
+        # others' arithmetic: then the first steps are taken together, after all others.
+        apart = self.many and any(not eqx.is_inexact_array(x) for x in jtu.tree_leaves(state))
+        first = 1 if apart else 0
 
-def _one(lane: Lane) -> tuple[Any, Any, Any, Any]:
-    def body(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        i, ct, ct_step = carry
-        ct, more, _ = lane.back(i, ct, with_parameters=True)
-        return i - 1, ct, _add(ct_step, more)
+        def body(loop: tuple[Any, Any]) -> tuple[Any, Any]:
+            k, carry = loop
+            i = taken - 1 - k
+            return k + 1, self._back(jnp.maximum(i, 0), i >= first, lead, ct, carry)
 
-    start = (lane.taken - 1, lane.start(), zeros(lane.step_d))
-    _, ct, ct_step = jax.lax.while_loop(lambda c: c[0] >= 0, body, start)
-    return lane.finish(ct, ct_step)
+        carry = (self.over(self._start, self.inputs, ct), [zeros(self.inputs[n]) for n in self.of_step])
+        most = jnp.max(taken) - first
+        _, carry = jax.lax.while_loop(lambda loop: loop[0] < most, body, (jnp.zeros_like(most), carry))
+        if apart:
+            carry = self._back(jnp.zeros_like(taken), taken > 0, lead, ct, carry)
+        (ct_y, ct_state, ct_save), total = carry
+        ct_y, ct_save = self.over(self._finish, self.inputs, ct, (ct_y, ct_save))
 
+        out = dict(zip(self.of_step, total))
+        starts = self._leaves(self.places.y0, ct_y) + self._leaves(self.places.solver_state0, ct_state)
+        for place, value in (*zip(self.of_save, ct_save), *starts):
+            out[place] = self._reduced(place, value)
+        return self._poisoned(out)
 
-def _many(arrays: Any, static: Any, axes: Any) -> tuple[Any, Any, Any, Any]:
+    @staticmethod
+    def _leaves(places: Any, values: Any) -> list[tuple[int, Any]]:
+        found: list[tuple[int, Any]] = []
+        jtu.tree_map(lambda n, x: None if x is None else found.append((n, x)), places, values)
+        return found
 
-    def each(f: Any, *args: Any, over: tuple[Any, ...] = ()) -> Any:
-        return jax.vmap(lambda a, *rest: f(eqx.combine(a, static), *rest), in_axes=(axes, *over))(arrays, *args)
+    def _reduced(self, place: int, value: Any) -> Any:
+        """A cotangent computed lane by lane, summed if its input is shared."""
+        return value.sum(axis=0) if self.many and not self.batched[place] else value  # pyright: ignore
 
-    def back(lane: Lane, k: Any, ct: Any) -> tuple[Any, Any]:
-        i = lane.taken - 1 - k
-        new, _, seen = lane.back(jnp.maximum(i, 0), ct, with_parameters=False, waits=i < 1)
-        return jtu.tree_map(lambda a, b: jnp.where(i >= 1, a, b), new, ct), _where(i >= 1, seen)
-
-    def parameters(lane: Lane, k: Any, seen: Any) -> Any:
-        i = lane.taken - 1 - k
-        return lane.parameters(jnp.maximum(i, 0), seen, i < 1)
-
-    def group(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        first, ct, ct_step = carry
-        ks = first + jnp.arange(GROUP)
-        ct, seen = jax.lax.scan(lambda ct, k: each(back, k, ct, over=(None, 0)), ct, ks)
-        if jtu.tree_leaves(ct_step):
-            ct_step = _add(ct_step, each(parameters, ks, seen, over=(None, 1)))
-        return first + GROUP, ct, ct_step
-
-    def first_step(lane: Lane, ct: Any, ct_step: Any) -> tuple[Any, Any]:
-        new, more, _ = lane.back(0, ct, with_parameters=True)
-        keep = lane.taken > 0
-        return jtu.tree_map(lambda a, b: jnp.where(keep, a, b), new, ct), _add(ct_step, _where(keep, more))
-
-    ct, ct_step = each(Lane.start), each(lambda lane: zeros(lane.step_d))
-    most = jnp.max(each(lambda lane: lane.taken)) - 1
-    _, ct, ct_step = jax.lax.while_loop(lambda c: c[0] < most, group, (jnp.zeros_like(most), ct, ct_step))
-    # All lanes take their first step together, so that its flags are set for all.
-    ct, ct_step = each(first_step, ct, ct_step, over=(0, 0))
-    return each(Lane.finish, ct, ct_step, over=(0, 0))
+    def _poisoned(self, out: dict[int, Any]) -> dict[int, Any]:
+        """NaN if the record overflowed, which must never pass for a gradient."""
+        over = self.over(lambda inputs: self.build(inputs).count > self.build(inputs).length, self.inputs)
+        shared = over.any()
+        spoil = lambda n, x: _where(over if self.many and self.batched[n] else shared, jnp.full_like(x, jnp.nan), x)  # pyright: ignore
+        return {n: spoil(n, x) for n, x in out.items()}

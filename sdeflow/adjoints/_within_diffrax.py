@@ -22,18 +22,18 @@ from .._compat import SaveState, unwrap
 from .._results import demote
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
-from ..walking import Carry, first_carry, make_rows, prepare_solver
+from ..walking import Carry, adopt_state, asks_within, first_carry, make_rows, prepare_solver
 
 CHUNK = 32
 
 
-def _is_save(x: Any) -> bool:
+def is_save(x: Any) -> bool:
     return isinstance(x, diffrax.SubSaveAt)
 
 
 def _can_walk(kwargs: dict[str, Any]) -> bool:
     saveat, controller = kwargs["saveat"], kwargs["stepsize_controller"]
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_save)
+    subs = jtu.tree_leaves(saveat.subs, is_leaf=is_save)
     known = type(controller) in (diffrax.ConstantStepSize, diffrax.StepTo)
     interleaved = any(sub.ts is not None and sub.steps for sub in subs)
     extras = saveat.dense or saveat.controller_state or kwargs["event"] is not None or kwargs["max_steps"] is None
@@ -103,7 +103,7 @@ def walk_steps(adjoint: Any, kwargs: dict[str, Any], steps: Steps) -> Any:
     t0, t1 = kwargs["t0"], kwargs["t1"]
     terms, direction = unwrap(kwargs["terms"])
     left, right, count, bound = steps.left, steps.right, steps.count, steps.bound
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_save)
+    subs = jtu.tree_leaves(saveat.subs, is_leaf=is_save)
     wants_dense, wants_steps = any(s.ts is not None for s in subs), any(s.steps for s in subs)
 
     def emit(_: Any, carry: Carry, info: Any) -> Any:
@@ -130,7 +130,7 @@ def walk_steps(adjoint: Any, kwargs: dict[str, Any], steps: Steps) -> Any:
         where = (left, right, steps_taken, t0, reached)
         return _fill(sub, save, state.y, final.y, emitted, solver, args, direction, *where)
 
-    save_state = jtu.tree_map(fill, saveat.subs, state.save_state, is_leaf=_is_save)
+    save_state = jtu.tree_map(fill, saveat.subs, state.save_state, is_leaf=is_save)
     where = lambda s: (s.y, s.tprev, s.solver_state, s.result, s.num_steps, s.num_accepted_steps, s.save_state)
     new = (final.y, reached, final.solver_state, result, steps_taken, steps_taken, save_state)
     return eqx.tree_at(where, state, new, is_leaf=lambda x: x is None)
@@ -150,20 +150,23 @@ def _walk(
 ) -> tuple[Carry, Any]:
     left, right = ends
     carry: Any = None
+    within = asks_within(solver)
     if solver_state is not None or not steps.static:
         bare = make_rows((), left[:1], right[:1], own_grid=False)
-        carry = first_carry(prepare_solver(solver), terms, args, y0, bare, fallible=True)
+        prepared = prepare_solver(solver)
+        carry = first_carry(prepared, terms, args, y0, bare, fallible=True)
         if solver_state is not None:
-            carry = Carry(carry.y, solver_state, carry.result)
+            resumed = adopt_state(prepared, solver_state, terms, left[0], right[0], y0, args, fresh=False)
+            carry = Carry(carry.y, resumed, carry.result)
     if steps.static:
-        rows = make_rows(terms, left, right, steps.live, steps.jump, own_grid=False)
+        rows = make_rows(terms, left, right, steps.live, steps.jump, own_grid=False, within=within)
         return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)
 
     chunked = jtu.tree_map(lambda x: x.reshape(-1, CHUNK), (left, right, steps.live, steps.jump))
 
     def chunk(carry: Carry, xs: Any) -> tuple[Carry, Any]:
         def go(carry: Carry) -> tuple[Carry, Any]:
-            rows = make_rows(terms, *xs, own_grid=False)
+            rows = make_rows(terms, *xs, own_grid=False, within=within)
             return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)
 
         def skip(carry: Carry) -> tuple[Carry, Any]:

@@ -2,7 +2,7 @@
 
 A walk takes the Brownian paths out of its terms, draws what it needs for all of its rows, and hands each step a
 ``RowPath``: a path that answers for exactly one step. There is no search and no callback in the loop, and large times
-lose nothing.
+lose nothing. A solver that asks for parts of its step (``diffrax.HalfSolver``) keeps the path itself.
 """
 
 from typing import Any
@@ -57,16 +57,51 @@ class RowPath(diffrax.AbstractBrownianPath):
         return jtu.tree_map(lambda x: jnp.where(exact, x, jnp.nan), out)
 
 
+class BothWays(diffrax.AbstractBrownianPath):
+    """A path that may know increasing queries only, asked in either direction."""
+
+    path: Any
+
+    @property
+    def levy_area(self) -> Any:
+        """That of the path."""
+        return self.path.levy_area
+
+    @property
+    def t0(self) -> Any:
+        """Where the path begins."""
+        return self.path.t0
+
+    @property
+    def t1(self) -> Any:
+        """Where the path ends."""
+        return self.path.t1
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True, use_levy: bool = False) -> Any:
+        """The increment from ``t0`` to ``t1``, which may come first."""
+        if t1 is None:
+            return self.path.evaluate(t0, left=left, use_levy=use_levy)
+        row = self.path.evaluate(jnp.minimum(t0, t1), jnp.maximum(t0, t1), left=left, use_levy=True)
+        row = jtu.tree_map(lambda x, y: jnp.where(t0 <= t1, x, y), row, backwards(row))
+        return row if use_levy else row.W
+
+
 class RowNoise(eqx.Module):
-    """All Brownian paths of some terms, in order, as a source of rows."""
+    """All Brownian paths of some terms, in order, as a source of rows.
+
+    Arguments:
+        paths: the paths.
+        within: whether steps ask for parts of themselves, and so need the paths rather than rows of them.
+    """
 
     paths: tuple[Any, ...]
+    within: bool = eqx.field(static=True)
 
     @staticmethod
-    def of(terms: Any) -> "RowNoise":
+    def of(terms: Any, within: bool = False) -> "RowNoise":
         """Collect the Brownian paths that occur in ``terms``."""
         leaves = jtu.tree_leaves(terms, is_leaf=_is_brownian)
-        return RowNoise(tuple(x for x in leaves if _is_brownian(x)))
+        return RowNoise(tuple(x for x in leaves if _is_brownian(x)), within)
 
     def draw(self, index: Array, left: Array, right: Array, own_grid: bool) -> tuple[Any, ...]:
         """What the rows carry: arrays that lead with the rows, one entry a path.
@@ -76,18 +111,12 @@ class RowNoise(eqx.Module):
             left, right: (N,) the rows' ends.
             own_grid: the rows are those of the paths' own grids, so nothing needs to be compared.
         """
-
-        def query(path: Any) -> Any:
-            # Paths other than ours may know increasing queries only.
-            def one(a: Array, b: Array) -> Any:
-                row = path.evaluate(jnp.minimum(a, b), jnp.maximum(a, b), use_levy=True)
-                return jtu.tree_map(lambda x, y: jnp.where(a <= b, x, y), row, backwards(row))
-
-            return jax.vmap(one)(left, right)
+        if self.within:
+            return ()
 
         def one(path: Any) -> Any:
             if not (own_grid and isinstance(path, GridBrownian)):
-                return query(path)
+                return jax.vmap(lambda a, b: BothWays(path).evaluate(a, b, use_levy=True))(left, right)  # pyright: ignore
             if path.table is None:
                 return index
             return jtu.tree_map(lambda x: x[: index.shape[0]], path.table)
@@ -98,6 +127,9 @@ class RowNoise(eqx.Module):
         """Put one row's noise into ``terms`` in place of the paths."""
         if not self.paths:
             return terms
+        if self.within:
+            both = lambda x: BothWays(x) if _is_brownian(x) else x  # pyright: ignore
+            return jtu.tree_map(both, terms, is_leaf=_is_brownian)
         rows = iter(zip(self.paths, drawn))
 
         def one(x: Any) -> Any:

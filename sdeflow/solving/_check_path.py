@@ -7,7 +7,9 @@ import numpy as np
 
 from .._compat import is_concrete
 from ..grids import Grid
+from ..paths import GridBrownian
 from ..paths._grid_brownian import LEVY_AREAS
+from ..walking import asks_within
 from ._choose import levy_area_for
 
 
@@ -25,6 +27,11 @@ def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | 
     if not isinstance(path, diffrax.AbstractPath):
         raise TypeError(f"path must be a diffrax path such as sf.paths.GridBrownian(...), got {type(path).__name__}.")
     kind = type(path).__name__
+    if asks_within(solver) and isinstance(path, GridBrownian):
+        raise ValueError(
+            "HalfSolver asks for halves of its steps, which a GridBrownian does not know: pass key= instead, or "
+            "path=diffrax.VirtualBrownianTree(...)."
+        )
     area, needed = getattr(path, "levy_area", None), levy_area_for(solver)
     if area in LEVY_AREAS and LEVY_AREAS.index(area) < LEVY_AREAS.index(needed):
         raise ValueError(
@@ -49,6 +56,7 @@ def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | 
         and grid.is_concrete
     ):
         shortest = float(np.abs(np.asarray(grid.right) - np.asarray(grid.left)).min())
+        shortest = shortest / 2 if asks_within(solver) else shortest
         # The tree keeps its tolerance as a fraction of the interval that it covers.
         tol = float(path.tol) * (high - low)
         if tol > shortest / 2 * (1 + 1e-5):

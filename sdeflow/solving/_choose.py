@@ -12,6 +12,7 @@ import optimistix as optx
 
 from .._compat import use_stepsize_tol
 from ..equations import AbstractEquation, UnderdampedLangevin
+from ..walking import asks_within
 
 TABLE_LIMIT = 4096
 
@@ -63,23 +64,27 @@ def check_interpretation(equation: AbstractEquation, solver: diffrax.AbstractSol
         )
 
 
-def resolve_tolerances(solver: diffrax.AbstractSolver, dtype: Any) -> diffrax.AbstractSolver:
-    """Give an implicit solver on fixed steps tolerances for its nonlinear solves, where it has none of its own.
+def resolve_tolerances(solver: Any, dtype: Any, controller: Any = None) -> Any:
+    """Give an implicit solver tolerances for its nonlinear solves, where it has none of its own.
 
-    With adaptive steps diffrax takes the controller's. Here they are a hundredth of a percent in float32 and 1e-8 in
-    float64, relative; Newton's method stops a hundred times below them.
+    With adaptive steps they are the controller's. With fixed ones they are a hundredth of a percent in float32 and 1e-8
+    in float64, relative, and the root finder is Newton's method: diffrax's chord methods give up where they converge
+    slowly, for a controller to take a smaller step, and here there is none.
     """
     changes = {}
     for field in dataclasses.fields(solver):
         inner = getattr(solver, field.name, None)
         if isinstance(inner, diffrax.AbstractSolver):
-            changes[field.name] = resolve_tolerances(inner, dtype)
+            changes[field.name] = resolve_tolerances(inner, dtype, controller)
         elif field.name == "root_finder" and inner is not None:
             rtol = 1e-8 if dtype == jnp.float64 else 1e-4
             wanted = {"rtol": rtol, "atol": rtol / 100, "norm": optx.rms_norm}
+            if controller is not None:
+                wanted = {name: getattr(controller, name) for name in wanted}
             missing = {k: v for k, v in wanted.items() if getattr(inner, k, None) is use_stepsize_tol}
             if missing:
-                changes[field.name] = dataclasses.replace(inner, **missing)
+                chord = controller is None and isinstance(inner, diffrax.VeryChord | optx.Chord)
+                changes[field.name] = optx.Newton(**wanted) if chord else dataclasses.replace(inner, **missing)
     return dataclasses.replace(solver, **changes) if changes else solver
 
 
@@ -94,11 +99,17 @@ def levy_area_for(solver: diffrax.AbstractSolver) -> type:
     return diffrax.BrownianIncrement
 
 
-def choose_storage(num_rows: int) -> tuple[str, str]:
-    """Where the noise of ``num_rows`` rows comes from: a function of the padded length alone."""
+def choose_storage(num_rows: int, solver: diffrax.AbstractSolver) -> tuple[str | None, str]:
+    """Where the noise of ``num_rows`` rows comes from: a function of the padded length alone.
+
+    Returns:
+        The storage of a ``GridBrownian``, None for a ``VirtualBrownianTree``, and what is said of it.
+    """
+    if asks_within(solver):
+        return None, "VirtualBrownianTree, as HalfSolver asks for halves of its steps"
     if num_rows <= TABLE_LIMIT:
-        return "table", f"at most {TABLE_LIMIT} rows, so all are drawn at once"
-    return "counter", f"more than {TABLE_LIMIT} rows, so each is drawn when needed"
+        return "table", f'storage="table", at most {TABLE_LIMIT} rows, so all are drawn at once'
+    return "counter", f'storage="counter", more than {TABLE_LIMIT} rows, so each is drawn when needed'
 
 
 def _solvers_within(solver: Any) -> list[Any]:

@@ -1,15 +1,77 @@
 """What the walk does not do itself goes to ``diffrax.diffeqsolve``: adaptive steps, events, diffrax's own adjoints."""
 
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
+from .._compat import is_term
 from .._results import RESULTS, is_okay, promote
-from ._choose import evaluations
+from ..equations._terms import DiffusionTerm, DriftTerm
+from ..solvers._unrolled import StandIn
+from ..walking import straighten
+from ._choose import evaluations, resolve_tolerances
 from ._guard import GuardedController
+from ._plan import Plan
 from ._solution import all_finite
+
+# Solvers that diffrax's continuous adjoint can run backwards with noise: all others fail there, in various ways.
+_BACKSOLVABLE = (diffrax.Heun, diffrax.Midpoint, diffrax.Ralston, diffrax.ReversibleHeun)
+
+
+def check_adjoint(
+    adjoint: diffrax.AbstractAdjoint,
+    solver: diffrax.AbstractSolver,
+    ts: Any,
+    steps: Plan | None,
+    *,
+    stochastic: bool,
+    split: bool,
+    event: Any,
+    save_fn: Any,
+) -> None:
+    """Refuse what diffrax's adjoints cannot do, or do wrongly, before anything runs.
+
+    Arguments:
+        steps: the fixed steps, if they are fixed.
+        split: whether the terms are a tuple, for a solver that splits them.
+
+    Raises:
+        ValueError: naming the adjoint, what it cannot do, and what can.
+    """
+    cure = "use adjoint=sf.adjoints.DiscreteAdjoint()."
+    if isinstance(adjoint, diffrax.ImplicitAdjoint):
+        if jnp.shape(ts)[0] != 2 or save_fn is not None:
+            raise ValueError(
+                f"ImplicitAdjoint differentiates a steady state: give ts its two ends and no save_fn, or {cure}"
+            )
+        if stochastic:
+            raise ValueError(f"ImplicitAdjoint differentiates a steady state, and noise has none: {cure}")
+    if not isinstance(adjoint, diffrax.BacksolveAdjoint):
+        return
+    if event is not None or split:
+        raise ValueError(f"BacksolveAdjoint knows neither events nor split terms: {cure}")
+    if stochastic and not isinstance(solver, _BACKSOLVABLE):
+        names = ", ".join(f"diffrax.{kind.__name__}" for kind in _BACKSOLVABLE)
+        raise ValueError(
+            f"BacksolveAdjoint cannot run {type(solver).__name__} backwards with noise: use one of {names} on a "
+            f"Stratonovich equation, or {cure}"
+        )
+    if steps is not None and not _has_equal_steps(steps):
+        raise ValueError(f"BacksolveAdjoint takes equal steps or adaptive ones, and these are neither: {cure}")
+
+
+def _has_equal_steps(steps: Plan) -> bool:
+    grid = steps.grid
+    if not grid.is_concrete or steps.masked:
+        return False
+    h = np.asarray(grid.right, np.float64) - np.asarray(grid.left, np.float64)
+    return np.allclose(h, h.mean(), rtol=1e-5, atol=0)
 
 
 def delegate(
@@ -19,7 +81,7 @@ def delegate(
     ts: Any,
     args: Any,
     *,
-    steps: Any,
+    steps: Plan | None,
     dt0: Any,
     controller: diffrax.AbstractStepSizeController | None,
     adjoint: diffrax.AbstractAdjoint,
@@ -30,46 +92,54 @@ def delegate(
     """Solve with diffrax.
 
     Arguments:
-        steps: the times to step to, if the steps are fixed.
+        steps: the fixed steps, if they are fixed.
 
     Returns:
         ts, ys, the last state, statistics and the result.
     """
-    fn = (lambda t, y, args: y) if save_fn is None else save_fn
+    continuous = isinstance(adjoint, diffrax.BacksolveAdjoint)
     # Both ends need no search for requested times within the loop.
     ends_only = ts.shape[0] == 2 and event is None
-    wanted = diffrax.SubSaveAt(t0=True, t1=True, fn=fn) if ends_only else diffrax.SubSaveAt(ts=ts, fn=fn)
-    subs = (wanted, diffrax.SubSaveAt(t1=True))
-    if steps is not None:
-        controller, dt0 = diffrax.StepTo(ts=steps), None
-        max_steps = max(steps.shape[0] - 1, 1)
-    else:
+    if steps is None:
         # Requested times are stepped to, so that what is returned are states of the solver.
         controller = GuardedController(controller)  # pyright: ignore
         if not ends_only:
             controller = diffrax.ClipStepSizeController(controller, step_ts=ts)
-    sol = diffrax.diffeqsolve(
-        terms,
-        solver,
-        ts[0],
-        ts[-1],
-        dt0,
-        y0,
-        args,
-        saveat=diffrax.SaveAt(subs=subs),
-        stepsize_controller=controller,  # pyright: ignore
-        adjoint=adjoint,
-        event=event,
-        max_steps=max_steps,
-        throw=False,
-    )
-    final = jtu.tree_map(lambda x: x[-1], sol.ys[1])  # pyright: ignore
-    ys: Any = sol.ys[0]  # pyright: ignore
-    if ends_only:
-        # A solve that ended early has no state at the last time, only one at the time where it ended.
-        reached = sol.ts[0][-1] == ts[-1]  # pyright: ignore
-        last = lambda x: x.at[-1].set(jnp.where(reached, x[-1], jnp.inf))
-        ys = jtu.tree_map(lambda x: last(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, ys)
+    elif continuous:
+        # Backwards it starts anew at every saved time, from where given steps would not lead on.
+        controller, max_steps = diffrax.ConstantStepSize(), steps.grid.num_rows + 1
+        dt0 = (ts[-1] - ts[0]) / steps.grid.num_rows
+    else:
+        times = jnp.concatenate([steps.grid.left[:1], steps.grid.right])
+        controller, dt0, max_steps = diffrax.StepTo(ts=times), None, steps.grid.num_rows
+    if continuous or isinstance(adjoint, diffrax.ImplicitAdjoint):
+        # Both see only what terms and args hold.
+        terms = jtu.tree_map(lambda x: _holding(x, ts[0], y0, args) if is_term(x) else x, terms, is_leaf=is_term)
+    if isinstance(adjoint, diffrax.DirectAdjoint | diffrax.ForwardMode) and isinstance(solver, diffrax.HalfSolver):
+        # They look for the loop over stages of the solver within, in the wrong place.
+        solver = straighten(solver)
+    if isinstance(solver, diffrax.HalfSolver) and isinstance(solver.solver, diffrax.AbstractImplicitSolver):
+        solver = StandIn(resolve_tolerances(solver, ts.dtype, None if steps is not None else controller))  # pyright: ignore
+
+    def run(saveat: diffrax.SaveAt) -> diffrax.Solution:
+        return diffrax.diffeqsolve(
+            terms,
+            solver,
+            ts[0],
+            ts[-1],
+            dt0,
+            y0,
+            args,
+            saveat=saveat,
+            stepsize_controller=controller,  # pyright: ignore
+            adjoint=adjoint,
+            event=event,
+            max_steps=max_steps,
+            throw=False,
+        )
+
+    save = _save_continuous if continuous else _save_end if isinstance(adjoint, diffrax.ImplicitAdjoint) else _save
+    sol, ys, final = save(run, ts, y0, args, save_fn, ends_only)
     accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
     cost = evaluations(solver)
     nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
@@ -79,6 +149,46 @@ def delegate(
         spilt = is_okay(result) & sol.stats["record_overflow"]
         result = RESULTS.where(spilt, RESULTS.record_overflow, result)
     return ts, ys, final, stats, result
+
+
+Run = Callable[[diffrax.SaveAt], Any]
+
+
+def _save(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bool) -> tuple[Any, Any, Any]:
+    fn = (lambda t, y, args: y) if save_fn is None else save_fn
+    wanted = diffrax.SubSaveAt(t0=True, t1=True, fn=fn) if ends_only else diffrax.SubSaveAt(ts=ts, fn=fn)
+    sol = run(diffrax.SaveAt(subs=(wanted, diffrax.SubSaveAt(t1=True))))
+    ys, final = sol.ys[0], jtu.tree_map(lambda x: x[-1], sol.ys[1])
+    if ends_only:
+        # A solve that ended early has no state at the last time, only one at the time where it ended.
+        reached = sol.ts[0][-1] == ts[-1]
+        last = lambda x: x.at[-1].set(jnp.where(reached, x[-1], jnp.inf))
+        ys = jtu.tree_map(lambda x: last(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, ys)
+    return sol, ys, final
+
+
+def _save_continuous(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bool) -> tuple[Any, Any, Any]:
+    sol = run(diffrax.SaveAt(t0=True, t1=True) if ends_only else diffrax.SaveAt(ts=ts))
+    final = jtu.tree_map(lambda x: x[-1], sol.ys)
+    ys = sol.ys if save_fn is None else jax.vmap(lambda t, y: save_fn(t, y, args))(ts, sol.ys)
+    return sol, ys, final
+
+
+def _save_end(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bool) -> tuple[Any, Any, Any]:
+    sol = run(diffrax.SaveAt(t1=True))
+    final = jtu.tree_map(lambda x: x[-1], sol.ys)
+    return sol, jtu.tree_map(lambda a, b: jnp.stack([a, b]), y0, final), final
+
+
+def _holding(term: Any, t: Any, y: Any, args: Any) -> Any:
+    """The term, with what its functions close over made part of it."""
+    names = {DriftTerm: "drift", DiffusionTerm: "diffusion"}
+    names |= dict.fromkeys((diffrax.ODETerm, diffrax.ControlTerm), "vector_field")
+    name = names.get(type(term))
+    if name is None:
+        return term
+    held = eqx.filter_closure_convert(getattr(term, name), t, y, args)
+    return eqx.tree_at(lambda x: getattr(x, name), term, held)
 
 
 def pre_check(y0: Any) -> Any:

@@ -23,7 +23,8 @@ from ..equations import AbstractEquation
 from ..grids import Grid
 from ..grids._build import host_times
 from ..paths import GridBrownian
-from ..walking import make_rows
+from ..paths._rows import RowNoise
+from ..walking import asks_within, make_rows
 from ._check_path import check_path
 from ._choose import (
     check_interpretation,
@@ -33,7 +34,7 @@ from ._choose import (
     levy_area_for,
     resolve_tolerances,
 )
-from ._delegate import delegate, pre_check
+from ._delegate import check_adjoint, delegate, pre_check
 from ._plan import Plan, plan
 from ._solution import Solution, failure, with_finite_check
 
@@ -164,8 +165,8 @@ def solve(
         check_path(path, solver, ts, None if steps is None else steps.grid)
     storage = None
     if stochastic and path is None and steps is not None:
-        storage, why = choose_storage(steps.num_rows)
-        choices.append(("noise", f'storage="{storage}", {why}'))
+        storage, why = choose_storage(steps.num_rows, solver)
+        choices.append(("noise", why))
     if adjoint is None:
         adjoint = DiscreteAdjoint() if event is None else diffrax.RecursiveCheckpointAdjoint()
         why = "exact gradients of the steps taken"
@@ -175,6 +176,8 @@ def solve(
             raise TypeError(
                 f"adjoint must be one such as sf.adjoints.DiscreteAdjoint() or one of diffrax's, got {adjoint!r}."
             )
+        noisy, split = stochastic or _has_noise(equation), isinstance(equation, tuple)
+        check_adjoint(adjoint, solver, ts, steps, stochastic=noisy, split=split, event=event, save_fn=save_fn)
         choices.append(("adjoint", f"{_short(adjoint)}, as given"))
 
     sol = _run(
@@ -213,10 +216,10 @@ def _run(
         steps = steps._replace(grid=grid)
     if key is not None:
         structure = _noise_structure(equation, ts[0], y0, args)
-        if steps is None:
+        if storage is None:
             path = diffrax.VirtualBrownianTree(
-                jnp.minimum(ts[0], ts[-1]), jnp.maximum(ts[0], ts[-1]), _tree_tolerance(ts, dt0, max_steps), structure,
-                key, levy_area_for(solver),
+                jnp.minimum(ts[0], ts[-1]), jnp.maximum(ts[0], ts[-1]), _tree_tolerance(ts, dt0, steps), structure, key,
+                levy_area_for(solver),
             )  # fmt: skip
         else:
             path = GridBrownian(steps.grid, structure, key=key, levy_area=levy_area_for(solver), storage=storage)  # pyright: ignore
@@ -227,9 +230,8 @@ def _run(
     if isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None:
         ys, final, stats, result = _walk(terms, y0, ts, args, steps, solver, adjoint, save_fn)
     else:
-        times = None if steps is None else jnp.concatenate([steps.grid.left[:1], steps.grid.right])
         ts, ys, final, stats, result = delegate(
-            terms, solver, y0, ts, args, steps=times, dt0=dt0, controller=controller, adjoint=adjoint, event=event,
+            terms, solver, y0, ts, args, steps=steps, dt0=dt0, controller=controller, adjoint=adjoint, event=event,
             max_steps=max_steps, save_fn=save_fn,
         )  # fmt: skip
         start = pre_check(y0)
@@ -242,7 +244,8 @@ def _walk(
 ) -> tuple[Any, Any, dict[str, Any], Any]:
     grid: Any = steps.grid
     live = grid.live if steps.masked else None
-    rows = make_rows(terms, grid.left, grid.right, live, grid.jump, own_grid=steps.own_grid)
+    within = asks_within(solver)
+    rows = make_rows(terms, grid.left, grid.right, live, grid.jump, own_grid=steps.own_grid, within=within)
     keep = (lambda t, y: y) if save_fn is None else (lambda t, y: save_fn(t, y, args))
     emit = lambda t, carry, info: keep(t, carry.y)
 
@@ -270,6 +273,11 @@ def _is_terms(equation: Any) -> bool:
     """Whether this is what a diffrax solver takes: a term, or for split methods a tuple of terms."""
     one = lambda x: isinstance(x, diffrax.AbstractTerm)
     return one(equation) or (isinstance(equation, tuple) and len(equation) > 0 and all(map(one, equation)))
+
+
+def _has_noise(terms: Any) -> bool:
+    """Whether raw terms hold a Brownian path."""
+    return bool(RowNoise.of(terms).paths)
 
 
 def _check_y0(y0: Any) -> Any:
@@ -336,7 +344,10 @@ def _noise_structure(equation: AbstractEquation, t: Any, y0: Any, args: Any) -> 
     return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), y0)
 
 
-def _tree_tolerance(ts: Any, dt0: Any, max_steps: int | None) -> Any:
+def _tree_tolerance(ts: Any, dt0: Any, steps: Plan | None) -> Any:
+    if steps is not None:
+        # Half of the shortest half step.
+        return jnp.abs(steps.grid.right - steps.grid.left).min() / 4
     span = jnp.abs(ts[-1] - ts[0])
     return span * 2.0**-14 if dt0 is None else jnp.minimum(span * 2.0**-14, jnp.abs(dt0) / 2)
 

@@ -1,20 +1,14 @@
 """One row and its scan; knows nothing of how gradients are to come back beyond what a scan stores."""
 
-from ._row import (
-    Carry as Carry,
-)
-from ._row import (
-    Rows as Rows,
-)
-from ._row import (
-    first_carry as first_carry,
-)
-from ._row import (
-    make_rows as make_rows,
-)
-from ._row import (
-    prepare_solver as prepare_solver,
-)
+from ._row import Carry as Carry
+from ._row import Rows as Rows
+from ._row import adopt_state as adopt_state
+from ._row import asks_within as asks_within
+from ._row import first_carry as first_carry
+from ._row import make_rows as make_rows
+from ._row import prepare_solver as prepare_solver
+from ._row import restarts as restarts
+from ._row import straighten as straighten
 from ._scan import Checkpoints as Checkpoints
 from ._scan import checkpointed_scan as checkpointed_scan
 from ._scan import walk as walk

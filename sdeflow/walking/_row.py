@@ -5,6 +5,7 @@ say) freezes the path at its last okay state, as ``diffrax.diffeqsolve`` stops t
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -15,6 +16,7 @@ from jaxtyping import Array, PyTree
 
 from .._results import RESULTS, is_okay, promote
 from ..paths._rows import RowNoise
+from ..solvers._unrolled import UnrolledERK, UnrolledSRK, unrolled
 
 
 class Rows(eqx.Module):
@@ -68,28 +70,76 @@ def make_rows(
     jump: Array | None = None,
     *,
     own_grid: bool,
+    within: bool = False,
     index: Array | None = None,
 ) -> Rows:
-    """Rows over the given steps, with the noise of the Brownian paths in ``terms`` drawn for all of them."""
-    source = RowNoise.of(terms)
+    """Rows over the given steps, with the noise of the Brownian paths in ``terms`` drawn for all of them.
+
+    Arguments:
+        within: the solver asks for parts of its steps, so the paths themselves stay in its terms.
+    """
+    source = RowNoise.of(terms, within)
     index = jnp.arange(left.shape[0]) if index is None else index
     noise = source.draw(index, left, right, own_grid)
     return Rows(left, right, live, jump, noise, source, own_grid)
 
 
-def prepare_solver(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
-    """A copy of the solver whose stage loops allow derivatives of every order, wrapped solvers included.
+def asks_within(solver: Any) -> bool:
+    """Whether a solver asks its path for parts of a step."""
+    inner = getattr(solver, "solver", None)
+    return isinstance(solver, diffrax.HalfSolver) or (inner is not None and asks_within(inner))
 
-    Runge-Kutta solvers need "bounded" loops, stochastic Runge-Kutta solvers "lax" ones; a choice by the user is kept.
+
+def straighten(solver: diffrax.AbstractSolver, looping: Callable[[Any], Any] = lambda solver: solver) -> Any:
+    """The solver with the stages of small tableaus written out, wrapped solvers included.
+
+    Arguments:
+        looping: what to do with a solver that goes on looping over its stages.
     """
-    changes = {}
-    for field in dataclasses.fields(solver):
-        inner = getattr(solver, field.name, None)
-        if isinstance(inner, diffrax.AbstractSolver):
-            changes[field.name] = prepare_solver(inner)
-        elif field.name == "scan_kind" and inner is None:
-            changes[field.name] = "lax" if isinstance(solver, diffrax.AbstractSRK) else "bounded"
-    return dataclasses.replace(solver, **changes) if changes else solver
+    straight = unrolled(solver)
+    if straight is not None:
+        return straight
+    inner = {field.name: getattr(solver, field.name, None) for field in dataclasses.fields(solver)}
+    changes = {k: straighten(x, looping) for k, x in inner.items() if isinstance(x, diffrax.AbstractSolver)}
+    return looping(dataclasses.replace(solver, **changes) if changes else solver)
+
+
+def prepare_solver(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
+    """The solver that takes a walk's steps: straightened, and with derivatives of every order.
+
+    Implicit and large tableaus loop over their stages, and need "bounded" loops for that, stochastic ones "lax" loops;
+    a choice of loops by the user is kept.
+    """
+
+    def looping(solver: Any) -> Any:
+        if getattr(solver, "scan_kind", "none") is not None:
+            return solver
+        return dataclasses.replace(solver, scan_kind="lax" if isinstance(solver, diffrax.AbstractSRK) else "bounded")
+
+    return straighten(solver, looping)
+
+
+def _innermost(solver: Any) -> Any:
+    inner = getattr(solver, "solver", None)
+    straight = isinstance(solver, UnrolledERK | UnrolledSRK)
+    return _innermost(inner) if isinstance(inner, diffrax.AbstractSolver) and not straight else solver
+
+
+def restarts(solver: Any, state: Any) -> bool:
+    """Whether the state of a prepared solver before a step follows from the time and the solution there."""
+    return not jtu.tree_leaves(state) or isinstance(_innermost(solver), UnrolledERK)
+
+
+def adopt_state(solver: Any, state: Any, terms: Any, t0: Any, t1: Any, y0: PyTree, args: Any, fresh: bool) -> Any:
+    """The state of a prepared solver, from that of the solver as diffrax knows it.
+
+    Arguments:
+        fresh: the state is that of a start.
+    """
+    inner = _innermost(solver)
+    if isinstance(inner, UnrolledERK):
+        return inner.adopt(None if fresh else state, terms, t0, t1, y0, args)
+    return state
 
 
 def first_carry(solver: diffrax.AbstractSolver, terms: Any, args: Any, y0: PyTree, rows: Rows, fallible: bool) -> Carry:
