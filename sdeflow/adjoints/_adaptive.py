@@ -92,7 +92,7 @@ class _Walking(diffrax.AbstractWrappedSolver):
         bare, direction = unwrap(terms)
         left, right = t0 * direction, t1 * direction
         rows = make_rows(bare, left[None], right[None], own_grid=False, within=asks_within(self.solver))
-        here = rows.source.install(bare, jtu.tree_map(lambda x: x[0], rows.noise), left, right, False)
+        here = rows.source.install(bare, jtu.tree_map(lambda x: x[0], rows.noise), left, right)
         return self.solver.step(here, left, right, y0, args, solver_state, made_jump)
 
     def func(self, terms: Any, t0: Any, y0: Any, args: Any) -> Any:

@@ -23,7 +23,7 @@ def _is_brownian(x: Any) -> bool:
 
 
 class RowPath(diffrax.AbstractBrownianPath):
-    """The Brownian path of one step: it answers for exactly ``(left, right)``, and NaN for any other query.
+    """The Brownian path of one step: it answers for exactly ``(left, right)``, either way, and NaN for any other query.
 
     A solver that asks for half a step (``diffrax.HalfSolver``) would otherwise be given the whole increment and twice
     the variance, silently.
@@ -45,16 +45,20 @@ class RowPath(diffrax.AbstractBrownianPath):
         return self.right
 
     def evaluate(self, t0: Any, t1: Any = None, left: bool = True, use_levy: bool = False) -> Any:
-        """The increment of this step."""
+        """The increment of this step; with its sign changed if it is taken from its end to its start."""
         del left
-        out = self.increment if use_levy else self.increment.W
         if t1 is None:
             return nan_like(self.increment.W)
+        there, back = self.increment, backwards(self.increment)
+        if not use_levy:
+            there, back = there.W, back.W
+        # The usual cases, settled while tracing: nothing is left of them in the compiled step.
         if t0 is self.left and t1 is self.right:
-            # The usual case, settled while tracing: nothing is left of it in the compiled step.
-            return out
-        exact = (t0 == self.left) & (t1 == self.right)
-        return jtu.tree_map(lambda x: jnp.where(exact, x, jnp.nan), out)
+            return there
+        if t0 is self.right and t1 is self.left:
+            return back
+        exact, reverse = (t0 == self.left) & (t1 == self.right), (t0 == self.right) & (t1 == self.left)
+        return jtu.tree_map(lambda x, y: jnp.where(exact, x, jnp.where(reverse, y, jnp.nan)), there, back)
 
 
 class BothWays(diffrax.AbstractBrownianPath):
@@ -84,6 +88,12 @@ class BothWays(diffrax.AbstractBrownianPath):
         row = self.path.evaluate(jnp.minimum(t0, t1), jnp.maximum(t0, t1), left=left, use_levy=True)
         row = jtu.tree_map(lambda x, y: jnp.where(t0 <= t1, x, y), row, backwards(row))
         return row if use_levy else row.W
+
+
+def both_ways(terms: Any) -> Any:
+    """The terms, with Brownian paths that may be asked in either direction."""
+    one = lambda x: BothWays(x) if _is_brownian(x) and not isinstance(x, RowPath | BothWays) else x  # pyright: ignore
+    return jtu.tree_map(one, terms, is_leaf=_is_brownian)
 
 
 class RowNoise(eqx.Module):
@@ -123,21 +133,23 @@ class RowNoise(eqx.Module):
 
         return tuple(one(path) for path in self.paths)
 
-    def install(self, terms: Any, drawn: tuple[Any, ...], left: Array, right: Array, own_grid: bool) -> Any:
+    def increments(self, drawn: tuple[Any, ...], left: Array, right: Array, own_grid: bool) -> tuple[Any, ...]:
+        """One row's increments, one entry a path: what the row carries, or is drawn here from its number."""
+        by_number = lambda path: own_grid and isinstance(path, GridBrownian) and path.table is None
+        return tuple(p.row(x, right - left) if by_number(p) else x for p, x in zip(self.paths, drawn))
+
+    def install(self, terms: Any, increments: tuple[Any, ...], left: Array, right: Array) -> Any:
         """Put one row's noise into ``terms`` in place of the paths."""
         if not self.paths:
             return terms
         if self.within:
-            both = lambda x: BothWays(x) if _is_brownian(x) else x  # pyright: ignore
-            return jtu.tree_map(both, terms, is_leaf=_is_brownian)
-        rows = iter(zip(self.paths, drawn))
+            return both_ways(terms)
+        rows = iter(zip(self.paths, increments))
 
         def one(x: Any) -> Any:
             if not _is_brownian(x):
                 return x
             path, row = next(rows)
-            if isinstance(path, GridBrownian) and path.table is None and own_grid:
-                row = path.row(row, right - left)
             return RowPath(left=left, right=right, increment=row, levy_area=path.levy_area)  # pyright: ignore[reportCallIssue]
 
         return jtu.tree_map(one, terms, is_leaf=_is_brownian)

@@ -23,16 +23,20 @@ from jaxtyping import PyTree
 LIMIT = 7  # more stages than this would cost more to compile than they save
 
 
-def unrolled(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver | None:
-    """The solver with its stages written out; None where that does not apply or the user chose a loop."""
+def unrolled(solver: diffrax.AbstractSolver, times: int = 1) -> diffrax.AbstractSolver | None:
+    """The solver with its stages written out; None where that does not apply or the user chose a loop.
+
+    Arguments:
+        times: how often what wraps the solver calls it in one step.
+    """
     if getattr(solver, "scan_kind", "none") is not None:
         return None
     step, tableau = type(solver).step, getattr(solver, "tableau", None)
     if isinstance(solver, diffrax.AbstractERK) and step is diffrax.AbstractRungeKutta.step:
-        few = isinstance(tableau, diffrax.ButcherTableau) and tableau.num_stages <= LIMIT
+        few = isinstance(tableau, diffrax.ButcherTableau) and times * tableau.num_stages <= LIMIT
         return UnrolledERK(solver) if few else None
     if isinstance(solver, diffrax.AbstractSRK) and step is diffrax.AbstractSRK.step:
-        return UnrolledSRK(solver)
+        return UnrolledSRK(solver) if tableau is not None and times * len(tableau.b_sol) <= LIMIT else None
     return None
 
 

@@ -8,13 +8,18 @@ from typing import Any
 
 import diffrax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
+from jaxtyping import PyTree
 
 from .._compat import use_stepsize_tol
+from ..adjoints import DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
+from ..solvers._unrolled import unrolled
 from ..walking import asks_within
 
 TABLE_LIMIT = 4096
+STATES_LIMIT = 32 * 2**20  # bytes: what the states before all steps may take before they are thinned out
 
 
 def choose_solver(equation: AbstractEquation, fixed: bool) -> tuple[diffrax.AbstractSolver, str]:
@@ -112,6 +117,26 @@ def choose_storage(num_rows: int, solver: diffrax.AbstractSolver) -> tuple[str |
     return "counter", f'storage="counter", more than {TABLE_LIMIT} rows, so each is drawn when needed'
 
 
+def choose_adjoint(
+    y0: PyTree, num_rows: int | None, event: diffrax.Event | None
+) -> tuple[diffrax.AbstractAdjoint, str]:
+    """How gradients come back, and why.
+
+    Arguments:
+        num_rows: the number of fixed steps; None if they adapt.
+    """
+    if event is not None:
+        return diffrax.RecursiveCheckpointAdjoint(), "as an event may end the solve, diffrax takes the steps"
+    if num_rows is None:
+        adjoint = DiscreteAdjoint()
+        return adjoint, f"exact gradients of the accepted steps, of which at most {adjoint.record} are recorded"
+    size = num_rows * sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(y0))
+    takes = f"the states before {num_rows} steps take {size / 2**20:.3g} MiB"
+    if size > STATES_LIMIT:
+        return DiscreteAdjoint("sqrt"), f"exact gradients of the steps; {takes}, so a gradient keeps few of them"
+    return DiscreteAdjoint(), f"exact gradients of the steps; {takes}, which a gradient keeps"
+
+
 def _solvers_within(solver: Any) -> list[Any]:
     inner = getattr(solver, "solver", None)
     return [solver] + (_solvers_within(inner) if isinstance(inner, diffrax.AbstractSolver) else [])
@@ -123,8 +148,9 @@ def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
         inner = evaluations(solver.solver)
         if inner is None:
             return None
-        # A Runge-Kutta solver finds its first slope within its first step, which the whole step takes once more.
-        return 3 * inner[0], inner[1] * (2 if isinstance(solver.solver, diffrax.AbstractERK) else 1)
+        # diffrax's loop over stages finds its first slope within the first step, which the whole step takes once more.
+        twice = isinstance(solver.solver, diffrax.AbstractERK) and unrolled(solver.solver, 3) is None
+        return 3 * inner[0], inner[1] * (2 if twice else 1)
     if type(solver) in (diffrax.Euler, diffrax.EulerHeun, diffrax.ItoMilstein, diffrax.StratonovichMilstein):
         return 1, 0
     if type(solver) is diffrax.ReversibleHeun:

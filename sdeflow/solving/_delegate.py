@@ -14,7 +14,7 @@ from .._compat import is_term
 from .._results import RESULTS, is_okay, promote
 from ..equations._terms import DiffusionTerm, DriftTerm
 from ..solvers._unrolled import StandIn
-from ..walking import straighten
+from ..walking import prepare_solver
 from ._choose import evaluations, resolve_tolerances
 from ._guard import GuardedController
 from ._plan import Plan
@@ -115,11 +115,12 @@ def delegate(
     if continuous or isinstance(adjoint, diffrax.ImplicitAdjoint):
         # Both see only what terms and args hold.
         terms = jtu.tree_map(lambda x: _holding(x, ts[0], y0, args) if is_term(x) else x, terms, is_leaf=is_term)
-    if isinstance(adjoint, diffrax.DirectAdjoint | diffrax.ForwardMode) and isinstance(solver, diffrax.HalfSolver):
-        # They look for the loop over stages of the solver within, in the wrong place.
-        solver = straighten(solver)
+    cost = evaluations(solver)
     if isinstance(solver, diffrax.HalfSolver) and isinstance(solver.solver, diffrax.AbstractImplicitSolver):
         solver = StandIn(resolve_tolerances(solver, ts.dtype, None if steps is not None else controller))  # pyright: ignore
+    if isinstance(adjoint, diffrax.DirectAdjoint | diffrax.ForwardMode) and isinstance(solver, diffrax.HalfSolver):
+        # They look for the loop over stages of the solver within, in the wrong place.
+        solver = StandIn(prepare_solver(solver))  # pyright: ignore
 
     def run(saveat: diffrax.SaveAt) -> diffrax.Solution:
         return diffrax.diffeqsolve(
@@ -141,7 +142,6 @@ def delegate(
     save = _save_continuous if continuous else _save_end if isinstance(adjoint, diffrax.ImplicitAdjoint) else _save
     sol, ys, final = save(run, ts, y0, args, save_fn, ends_only)
     accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
-    cost = evaluations(solver)
     nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
     stats = {"num_steps": accepted, "num_rejected": rejected, "nfe": nfe}
     result: Any = promote(sol.result)

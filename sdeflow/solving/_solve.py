@@ -18,7 +18,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._compat import SdeflowWarning, is_concrete, warn
 from .._results import RESULTS, SolveError, is_okay
-from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
+from ..adjoints import AbstractWalkAdjoint
 from ..equations import AbstractEquation
 from ..grids import Grid
 from ..grids._build import host_times
@@ -28,6 +28,7 @@ from ..walking import asks_within, make_rows
 from ._check_path import check_path
 from ._choose import (
     check_interpretation,
+    choose_adjoint,
     choose_solver,
     choose_storage,
     evaluations,
@@ -82,8 +83,9 @@ def solve(
             else Euler (Ito) or Heun (Stratonovich).
         path: what drives a stochastic equation, e.g. `sdeflow.paths.GridBrownian`.
         stepsize_controller: a diffrax controller for adaptive steps.
-        adjoint: how gradients come back. Default: `sdeflow.adjoints.DiscreteAdjoint`; of those of diffrax,
-            RecursiveCheckpoint, Direct and ForwardMode work too.
+        adjoint: how gradients come back: one of `sdeflow.adjoints` or of diffrax. Default:
+            `sdeflow.adjoints.DiscreteAdjoint`, with ``checkpoints="sqrt"`` where the states before all steps would take
+            more than 32 MiB.
         regularisers: what to charge the model for its solve.
         save_fn: ``save_fn(t, y, args)``, what to keep of the state at the requested times.
         event: a ``diffrax.Event`` that may end the solve.
@@ -168,8 +170,7 @@ def solve(
         storage, why = choose_storage(steps.num_rows, solver)
         choices.append(("noise", why))
     if adjoint is None:
-        adjoint = DiscreteAdjoint() if event is None else diffrax.RecursiveCheckpointAdjoint()
-        why = "exact gradients of the steps taken"
+        adjoint, why = choose_adjoint(y0, None if steps is None else steps.num_rows, event)
         choices.append(("adjoint", f"{_short(adjoint)}, {why}"))
     else:
         if not isinstance(adjoint, diffrax.AbstractAdjoint):

@@ -90,17 +90,22 @@ def asks_within(solver: Any) -> bool:
     return isinstance(solver, diffrax.HalfSolver) or (inner is not None and asks_within(inner))
 
 
-def straighten(solver: diffrax.AbstractSolver, looping: Callable[[Any], Any] = lambda solver: solver) -> Any:
+def straighten(
+    solver: diffrax.AbstractSolver, looping: Callable[[Any], Any] = lambda solver: solver, times: int = 1
+) -> Any:
     """The solver with the stages of small tableaus written out, wrapped solvers included.
 
     Arguments:
         looping: what to do with a solver that goes on looping over its stages.
+        times: how often what wraps the solver calls it in one step.
     """
-    straight = unrolled(solver)
+    straight = unrolled(solver, times)
     if straight is not None:
         return straight
+    # Two halves and the whole: three times the code of one step, which soon costs more to compile than it saves.
+    times *= 3 if isinstance(solver, diffrax.HalfSolver) else 1
     inner = {field.name: getattr(solver, field.name, None) for field in dataclasses.fields(solver)}
-    changes = {k: straighten(x, looping) for k, x in inner.items() if isinstance(x, diffrax.AbstractSolver)}
+    changes = {k: straighten(x, looping, times) for k, x in inner.items() if isinstance(x, diffrax.AbstractSolver)}
     return looping(dataclasses.replace(solver, **changes) if changes else solver)
 
 
@@ -160,7 +165,8 @@ def step_row(solver: diffrax.AbstractSolver, terms: Any, args: Any, rows: Rows, 
         FallibleStep: while tracing, if the solver reports a result and the carry has no place for it.
     """
     left, right, live, jump, noise = row
-    here = rows.source.install(terms, noise, left, right, rows.own_grid)
+    increments = rows.source.increments(noise, left, right, rows.own_grid)
+    here = rows.source.install(terms, increments, left, right)
     y1, error, dense, state1, result = solver.step(
         here, left, right, carry.y, args, carry.solver_state, False if jump is None else jump
     )

@@ -9,6 +9,7 @@ import pytest
 import sdeflow as sf
 from sdeflow.grids import Grid
 from sdeflow.paths._rows import RowNoise, RowPath
+from sdeflow.solvers._unrolled import UnrolledERK, UnrolledSRK
 from sdeflow.walking import checkpointed_scan, prepare_solver
 
 AREA = dfx.SpaceTimeLevyArea
@@ -33,7 +34,7 @@ def test_a_row_answers_for_its_own_step():
 
 
 @pytest.mark.parametrize(
-    "query", [(0.25, 0.375), (0.375, 0.5), (0.25, 0.75), (0.0, 0.25), (0.5, 0.25), (0.25, 0.50000006), (0.25, None)]
+    "query", [(0.25, 0.375), (0.375, 0.5), (0.25, 0.75), (0.0, 0.25), (0.25, 0.50000006), (0.25, None)]
 )
 def test_a_row_gives_nan_for_anything_else(query):
     t0, t1 = (None if t is None else jnp.array(t) for t in query)
@@ -44,10 +45,33 @@ def test_a_row_gives_nan_for_anything_else(query):
         assert np.isnan(out.H).all()
 
 
+def test_a_row_taken_backwards_changes_the_sign_of_its_increment():
+    row = _row()
+    back = row.evaluate(row.right, row.left, use_levy=True)
+    np.testing.assert_array_equal(back.W, [-1.0, -2.0])
+    np.testing.assert_array_equal(back.H, [3.0, 4.0])
+    np.testing.assert_array_equal(row.evaluate(jnp.array(0.5), jnp.array(0.25)), [-1.0, -2.0])
+
+
+class _Halves(dfx.AbstractWrappedSolver):
+    """A solver of the user's that asks for halves of its step, of which the walk knows nothing."""
+
+    solver: dfx.AbstractSolver
+    term_structure = dfx.AbstractTerm
+    interpolation_cls = dfx.LocalLinearInterpolation
+    order = error_order = strong_order = lambda self, terms: None
+    init = func = lambda self, *args: None
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        middle = t0 + (t1 - t0) / 2
+        first, *_ = self.solver.step(terms, t0, middle, y0, args, None, made_jump)
+        return self.solver.step(terms, middle, t1, first, args, None, False)
+
+
 def test_half_steps_in_the_walk_are_a_failure_and_never_twice_the_variance():
-    sde = sf.SDE(lambda t, y, args: 0.0 * y, lambda t, y, args: jnp.ones_like(y), interpretation="stratonovich")
+    sde = sf.SDE(lambda t, y, args: 0.0 * y, lambda t, y, args: jnp.ones_like(y), additive=True)
     run = lambda grid: sf.solve(
-        sde, jnp.zeros(4), [0.0, 1.0], grid=grid, key=jax.random.key(0), solver=dfx.HalfSolver(dfx.EulerHeun())
+        sde, jnp.zeros(4), [0.0, 1.0], grid=grid, key=jax.random.key(0), solver=_Halves(dfx.EulerHeun())
     )
     grid = sf.grids.uniform(0.0, 1.0, 8)
     with pytest.raises(sf.SolveError, match="infinite or NaN") as caught:
@@ -188,9 +212,12 @@ def test_policies_keep_what_they_say():
 
 
 def test_solvers_are_prepared_for_derivatives_of_every_order_wrapped_ones_too():
-    assert prepare_solver(dfx.Heun()).scan_kind == "bounded"
-    assert prepare_solver(dfx.ShARK()).scan_kind == "lax"
+    assert isinstance(prepare_solver(dfx.Heun()), UnrolledERK)
+    assert isinstance(prepare_solver(dfx.ShARK()), UnrolledSRK)
+    assert isinstance(prepare_solver(dfx.HalfSolver(dfx.Heun())).solver, UnrolledERK)
     assert prepare_solver(dfx.HalfSolver(dfx.Tsit5())).solver.scan_kind == "bounded"
+    assert prepare_solver(dfx.Dopri8()).scan_kind == "bounded"
+    assert prepare_solver(dfx.HalfSolver(dfx.Kvaerno3())).solver.scan_kind == "bounded"
     assert prepare_solver(dfx.Heun(scan_kind="checkpointed")).scan_kind == "checkpointed"
     euler = dfx.Euler()
     assert prepare_solver(euler) is euler
