@@ -2,3 +2,4 @@
 
 from ._base import AbstractWalkAdjoint as AbstractWalkAdjoint
 from ._discrete import DiscreteAdjoint as DiscreteAdjoint
+from ._reversible import ReversibleAdjoint as ReversibleAdjoint

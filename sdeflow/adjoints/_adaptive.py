@@ -18,7 +18,6 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
@@ -26,6 +25,7 @@ from .._compat import buffer_at_set, is_buffer, is_save_state, lax_while_loop, u
 from ..paths._rows import RowNoise
 from ..walking import adopt_state, asks_within, make_rows, prepare_solver, restarts, straighten
 from ._attach import attach
+from ._freeze import freeze
 from ._sweep import Record, Solve, sweep
 from ._within_diffrax import CHUNK, Steps, is_save, walk_steps
 
@@ -147,10 +147,6 @@ def _run_recording(
     return final, records[0]
 
 
-def _freeze(tree: Any) -> Any:
-    return jtu.tree_map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
-
-
 def _too_long(length: int) -> str:
     return (
         f"More than {length} steps were accepted, which is what the record for gradients holds: use "
@@ -162,8 +158,8 @@ def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[
     """The adaptive loop, its accepted steps then walked in chunks, so that derivatives of every order exist."""
     state, jumps = kwargs["init_state"], may_jump(kwargs["stepsize_controller"])
     loop = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
-    run = _freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, loop), _freeze(state)))
-    final, record = run(_freeze(state))
+    run = freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, loop), freeze(state)))
+    final, record = run(freeze(state))
     count = final.num_accepted_steps
     row = jnp.arange(-(-length // CHUNK) * CHUNK)
     live, last = row < count, jnp.maximum(jnp.minimum(count, length) - 1, 0)
@@ -203,8 +199,8 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
         return tuple(sub.fn(t, y, args) for sub in subs)
 
     # The loop itself stands outside of differentiation; the rule below only says where gradients of ys come from.
-    run = _freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, kwargs), _freeze(state)))
-    final, record = run(_freeze(state))
+    run = freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, kwargs), freeze(state)))
+    final, record = run(freeze(state))
 
     # What the user's functions close over must be seen by the reverse rule, so it is made an input of it.
     solver_state = None if forgets else state.solver_state

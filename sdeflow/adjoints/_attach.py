@@ -91,7 +91,7 @@ def _jvp(primals: Any, tangents: Any, *, rule: Rule, count: int, levels: tuple[F
 def _batch(args: Any, dims: Any, *, rule: Rule, count: int, levels: tuple[Flags, ...]) -> Any:
     (size,) = {x.shape[d] for x, d in zip(args, dims) if d is not batching.not_mapped}
     flags = [d is not batching.not_mapped for d in dims]
-    front = [jnp.moveaxis(x, d, 0) if flag else x for x, d, flag in zip(args, dims, flags)]
+    front = [jnp.moveaxis(x, d, 0) if flag else jnp.asarray(x) for x, d, flag in zip(args, dims, flags)]
     for i in range(count + 1):
         if not flags[i]:
             front[i], flags[i] = jnp.broadcast_to(front[i], (size, *front[i].shape)), True

@@ -30,8 +30,12 @@ class AbstractWalkAdjoint(diffrax.AbstractAdjoint):
         every: int | None,
         emit: Callable[[Any, Carry, Any], Any],
         start: Carry | None = None,
-    ) -> tuple[Carry, Any]:
-        """Walk all rows; the arguments and what is returned are those of `sdeflow.walking.walk`."""
+    ) -> tuple[Carry, Any, dict[str, Any]]:
+        """Walk all rows; the arguments are those of `sdeflow.walking.walk`.
+
+        Returns:
+            The last carry, what was emitted, and what the adjoint has to say of the walk, for ``sol.stats``.
+        """
 
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``, by walking."""

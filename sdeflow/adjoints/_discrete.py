@@ -67,10 +67,11 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
         every: int | None,
         emit: Callable[[Any, Carry, Any], Any],
         start: Carry | None = None,
-    ) -> tuple[Carry, Any]:
+    ) -> tuple[Carry, Any, dict[str, Any]]:
         """Walk all rows under the checkpointing policy."""
-        solver = prepare_solver(solver)
-        return walk(solver, terms, args, y0, rows, checkpoints=self.checkpoints, every=every, emit=emit, start=start)
+        solver, policy = prepare_solver(solver), self.checkpoints
+        carry, emitted = walk(solver, terms, args, y0, rows, checkpoints=policy, every=every, emit=emit, start=start)
+        return carry, emitted, {}
 
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``: by walking, or for adaptive steps by the recorded reverse rule."""

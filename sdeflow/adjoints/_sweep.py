@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._attach import Flags, Rule
+from ._lanes import Lanes, add, leaves_by_number, where, zeros
 
 
 class Record(eqx.Module):
@@ -85,23 +86,8 @@ def inexact(tree: Any) -> Any:
     return eqx.filter(tree, eqx.is_inexact_array)
 
 
-def zeros(tree: Any) -> Any:
-    """Zeros like a tree."""
-    return jtu.tree_map(jnp.zeros_like, tree)
-
-
-def _add(a: Any, b: Any) -> Any:
-    return jtu.tree_map(jnp.add, a, b)
-
-
 def _at(tree: Any, i: Any) -> Any:
     return jtu.tree_map(lambda x: x[i], tree)
-
-
-def _where(keep: Any, a: Any, b: Any) -> Any:
-    """Choose between trees; ``keep`` may lead with the batch, as the leaves then do."""
-    wide = lambda x: jnp.reshape(keep, jnp.shape(keep) + (1,) * (x.ndim - jnp.ndim(keep)))
-    return jtu.tree_map(lambda a, b: jnp.where(wide(a), a, b), a, b)
 
 
 def sweep(solve: Solve, ys: Any) -> tuple[Rule, list[Any]]:
@@ -131,7 +117,7 @@ def sweep(solve: Solve, ys: Any) -> tuple[Rule, list[Any]]:
     return rule, inputs
 
 
-class _Sweep:
+class _Sweep(Lanes):
     """One sweep: cotangents of the ``chosen`` inputs, by their numbers."""
 
     def __init__(
@@ -142,21 +128,10 @@ class _Sweep:
         chosen: list[int],
         batched: Flags | None,
     ):
-        self.build, self.places, self.inputs, self.batched = build, places, inputs, batched
-        self.many = batched is not None
+        super().__init__(build, inputs, batched)
+        self.places = places
         self.of_step = [i for i in chosen if i in set(jtu.tree_leaves(places.step))]
         self.of_save = [i for i in chosen if i in set(jtu.tree_leaves(places.save))]
-
-    def over(self, f: Callable[..., Any], inputs: list[Any], *rest: Any) -> Any:
-        """``f(inputs, *rest)`` for one solve, or for every lane of a batch; ``rest`` then leads with the batch."""
-        if not self.many:
-            return f(inputs, *rest)
-        axes = [0 if flag else None for flag in self.batched]  # pyright: ignore
-        return jax.vmap(f, in_axes=(axes, *(0 for _ in rest)))(inputs, *rest)
-
-    def _with(self, inputs: list[Any], numbers: list[int], values: list[Any]) -> list[Any]:
-        new = dict(zip(numbers, values))
-        return [new.get(i, x) for i, x in enumerate(inputs)]
 
     # What was saved: the rules for one lane.
 
@@ -164,7 +139,7 @@ class _Sweep:
         """The cotangent of what sub k saved at (t, y), pulled back to what its function holds and to y."""
 
         def saved(held: list[Any], y: Any) -> Any:
-            return inexact(self.build(self._with(inputs, self.of_save, held)).save(t, y)[k])
+            return inexact(self.build(self.replaced(inputs, self.of_save, held)).save(t, y)[k])
 
         return jax.vjp(saved, [inputs[i] for i in self.of_save], y)[1](ct)
 
@@ -175,9 +150,9 @@ class _Sweep:
         for k, (_, t1, steps) in enumerate(solve.subs):
             if t1 and steps != 1:
                 entry = _at(ct[k], solve.index[k] - 1)
-                entry = _where(solve.count % steps != 0, entry, zeros(entry)) if steps else entry
+                entry = where(solve.count % steps != 0, entry, zeros(entry)) if steps else entry
                 a, b = self._pull_save(inputs, k, *solve.last, entry)
-                ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
+                ct_save, ct_y = add(ct_save, a), add(ct_y, b)
         return ct_y, zeros(inexact(solve.solver_state0)), ct_save
 
     def _row(self, inputs: list[Any], i: Any) -> Record:
@@ -196,9 +171,9 @@ class _Sweep:
                 ct_dense, ct_save = self._pull_times(inputs, k, i, row, found, ct[k], (ct_dense, ct_save))
             if steps:
                 entry = _at(ct[k], (1 if t0 else 0) + (i + 1) // steps - 1)
-                entry = _where((i + 1) % steps == 0, entry, zeros(entry))
+                entry = where((i + 1) % steps == 0, entry, zeros(entry))
                 a, b = self._pull_save(inputs, k, row.tnext, y1, entry)
-                ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
+                ct_save, ct_y = add(ct_save, a), add(ct_y, b)
         return ct_y, ct_dense, ct_save
 
     def _pull_times(
@@ -218,7 +193,7 @@ class _Sweep:
 
             y, pull = jax.vjp(interpolate, dense[0])
             a, b = self._pull_save(inputs, k, t, y, _at(ct, (1 if solve.subs[k][0] else 0) + j))
-            return j + 1, _add(ct_dense, pull(b)[0]), _add(ct_save, a)
+            return j + 1, add(ct_dense, pull(b)[0]), add(ct_save, a)
 
         _, ct_dense, ct_save = jax.lax.while_loop(lambda c: c[0] < high, one, (row.saved[k], *cts))
         return ct_dense, ct_save
@@ -229,7 +204,7 @@ class _Sweep:
         for k, (t0, _, _) in enumerate(solve.subs):
             if t0:
                 a, b = self._pull_save(inputs, k, solve.t0, solve.y0, _at(ct[k], 0))
-                ct_save, ct_y = _add(ct_save, a), _add(ct_y, b)
+                ct_save, ct_y = add(ct_save, a), add(ct_y, b)
         return ct_y, ct_save
 
     # The loop, for one lane or all.
@@ -240,25 +215,19 @@ class _Sweep:
         row = self.over(self._row, self.inputs, i)
         if self.many:
             # Another lane's step is one that must be swept over anyway: what it computes is as finite as the result.
-            row = _where(live, row, jtu.tree_map(lambda x: x[lead][None], row))
+            row = where(live, row, jtu.tree_map(lambda x: x[lead][None], row))
 
-        def take(inputs: list[Any], y: Any, state: Any, row: Record) -> Any:
-            return self.build(inputs).take(y, state, row)
-
-        def all_lanes(held: list[Any], y: Any, state: Any) -> Any:
-            return self.over(take, self._with(self.inputs, self.of_step, held), y, state, row)
-
-        held = [self.inputs[n] for n in self.of_step]
-        out, pull, rest = jax.vjp(all_lanes, held, row.y, inexact(row.solver_state), has_aux=True)
+        moving = (row.y, inexact(row.solver_state))
+        out, pull, rest = self.vjp(Solve.take, self.of_step, moving, (row,))
         seen_y, ct_dense, saved = self.over(self._pull_saves, self.inputs, i, row, out, rest, ct, (ct_y, ct_save))
         seen = (seen_y, ct_state, ct_dense)
         if self.many:
-            seen = _where(live, seen, zeros(seen))
-            saved = _where(live, saved, ct_save)
+            seen = where(live, seen, zeros(seen))
+            saved = where(live, saved, ct_save)
         more, new_y, new_state = pull(seen)
         if self.many:
-            new_y, new_state = _where(live, (new_y, new_state), (ct_y, ct_state))
-        return (new_y, new_state, saved), _add(total, more)
+            new_y, new_state = where(live, (new_y, new_state), (ct_y, ct_state))
+        return (new_y, new_state, saved), add(total, more)
 
     def run(self, ct: Any) -> dict[int, Any]:
         """All cotangents that are wanted, by the number of their input."""
@@ -284,24 +253,10 @@ class _Sweep:
         ct_y, ct_save = self.over(self._finish, self.inputs, ct, (ct_y, ct_save))
 
         out = dict(zip(self.of_step, total))
-        starts = self._leaves(self.places.y0, ct_y) + self._leaves(self.places.solver_state0, ct_state)
+        starts = leaves_by_number(self.places.y0, ct_y) + leaves_by_number(self.places.solver_state0, ct_state)
         for place, value in (*zip(self.of_save, ct_save), *starts):
-            out[place] = self._reduced(place, value)
-        return self._poisoned(out)
-
-    @staticmethod
-    def _leaves(places: Any, values: Any) -> list[tuple[int, Any]]:
-        found: list[tuple[int, Any]] = []
-        jtu.tree_map(lambda n, x: None if x is None else found.append((n, x)), places, values)
-        return found
-
-    def _reduced(self, place: int, value: Any) -> Any:
-        """A cotangent computed lane by lane, summed if its input is shared."""
-        return value.sum(axis=0) if self.many and not self.batched[place] else value  # pyright: ignore
-
-    def _poisoned(self, out: dict[int, Any]) -> dict[int, Any]:
-        """NaN if the record overflowed, which must never pass for a gradient."""
-        over = self.over(lambda inputs: self.build(inputs).count > self.build(inputs).length, self.inputs)
-        shared = over.any()
-        spoil = lambda n, x: _where(over if self.many and self.batched[n] else shared, jnp.full_like(x, jnp.nan), x)  # pyright: ignore
-        return {n: spoil(n, x) for n, x in out.items()}
+            out[place] = self.reduced(place, value)
+        # A record that overflowed must never pass for a gradient.
+        return self.spoiled(
+            out, self.over(lambda inputs: self.build(inputs).count > self.build(inputs).length, self.inputs)
+        )

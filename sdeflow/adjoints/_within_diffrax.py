@@ -160,14 +160,14 @@ def _walk(
             carry = Carry(carry.y, resumed, carry.result)
     if steps.static:
         rows = make_rows(terms, left, right, steps.live, steps.jump, own_grid=False, within=within)
-        return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)
+        return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)[:2]
 
     chunked = jtu.tree_map(lambda x: x.reshape(-1, CHUNK), (left, right, steps.live, steps.jump))
 
     def chunk(carry: Carry, xs: Any) -> tuple[Carry, Any]:
         def go(carry: Carry) -> tuple[Carry, Any]:
             rows = make_rows(terms, *xs, own_grid=False, within=within)
-            return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)
+            return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)[:2]
 
         def skip(carry: Carry) -> tuple[Carry, Any]:
             shape = eqx.filter_eval_shape(go, carry)[1]

@@ -1,3 +1,4 @@
 """One step: solvers of our own, used like diffrax's, which are used as they are."""
 
 from ._diagonal_milstein import DiagonalMilstein as DiagonalMilstein
+from ._mccallum_foster import McCallumFoster as McCallumFoster

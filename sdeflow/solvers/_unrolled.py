@@ -11,6 +11,7 @@ and Strange (2023), where W, H and K have coefficients of their own. Values diff
 solver's own state keeps diffrax's form, so a solve may begin with one and go on with the other.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,16 @@ def unrolled(solver: diffrax.AbstractSolver, times: int = 1) -> diffrax.Abstract
     if isinstance(solver, diffrax.AbstractSRK) and step is diffrax.AbstractSRK.step:
         return UnrolledSRK(solver) if tableau is not None and times * len(tableau.b_sol) <= LIMIT else None
     return None
+
+
+def with_all_derivatives(solver: Any) -> Any:
+    """The solver, which loops over its stages, with a loop that has derivatives of every order.
+
+    Implicit and large tableaus need "bounded" loops for that, stochastic ones "lax" loops; a user's choice is kept.
+    """
+    if getattr(solver, "scan_kind", "none") is not None:
+        return solver
+    return dataclasses.replace(solver, scan_kind="lax" if isinstance(solver, diffrax.AbstractSRK) else "bounded")
 
 
 class StandIn(diffrax.AbstractWrappedSolver):

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from .._compat import use_stepsize_tol
 from ..adjoints import DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
+from ..solvers import McCallumFoster
 from ..solvers._unrolled import unrolled
 from ..walking import asks_within
 
@@ -93,6 +94,17 @@ def resolve_tolerances(solver: Any, dtype: Any, controller: Any = None) -> Any:
     return dataclasses.replace(solver, **changes) if changes else solver
 
 
+def resolve_coupling(solver: Any, num_steps: Any, dtype: Any) -> Any:
+    """Give `sdeflow.solvers.McCallumFoster`, where it has no coupling of its own, one for this number of steps.
+
+    Undoing N steps magnifies rounding errors by c^-N, which is e for c = 1 - 1/N.
+    """
+    if not isinstance(solver, McCallumFoster) or solver.coupling is not None:
+        return solver
+    c = 1 - 1 / jnp.maximum(jnp.asarray(num_steps), 100).astype(dtype)
+    return McCallumFoster(solver.solver, c)
+
+
 def levy_area_for(solver: diffrax.AbstractSolver) -> type:
     """The least Levy area that a solver needs of its Brownian path."""
     for candidate in _solvers_within(solver):
@@ -151,6 +163,10 @@ def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
         # diffrax's loop over stages finds its first slope within the first step, which the whole step takes once more.
         twice = isinstance(solver.solver, diffrax.AbstractERK) and unrolled(solver.solver, 3) is None
         return 3 * inner[0], inner[1] * (2 if twice else 1)
+    if isinstance(solver, McCallumFoster):
+        # No slope is carried over to the next step, as it would belong to the other copy.
+        inner = evaluations(solver.solver)
+        return None if inner is None else (2 * (inner[0] + inner[1]), 0)
     if type(solver) in (diffrax.Euler, diffrax.EulerHeun, diffrax.ItoMilstein, diffrax.StratonovichMilstein):
         return 1, 0
     if type(solver) is diffrax.ReversibleHeun:

@@ -33,6 +33,7 @@ from ._choose import (
     choose_storage,
     evaluations,
     levy_area_for,
+    resolve_coupling,
     resolve_tolerances,
 )
 from ._delegate import check_adjoint, delegate, pre_check
@@ -227,7 +228,7 @@ def _run(
     terms = equation if _is_terms(equation) else equation.terms(path)
 
     if steps is not None:
-        solver = resolve_tolerances(solver, dtype)
+        solver = resolve_coupling(resolve_tolerances(solver, dtype), steps.grid.num_steps, dtype)
     if isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None:
         ys, final, stats, result = _walk(terms, y0, ts, args, steps, solver, adjoint, save_fn)
     else:
@@ -252,7 +253,7 @@ def _walk(
 
     ends_only = ts.shape[0] == 2
     every = None if ends_only else (1 if steps.every is None else steps.every)
-    carry, emitted = adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit)
+    carry, emitted, said = adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit)
     first = keep(ts[0], y0)
     join = lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b])
     if ends_only:
@@ -267,7 +268,8 @@ def _walk(
     cost = evaluations(solver)
     nfe = None if cost is None else count * cost[0] + cost[1]
     result = RESULTS.successful if carry.result is None else carry.result
-    return ys, carry.y, {"num_steps": jnp.asarray(count), "nfe": None if nfe is None else jnp.asarray(nfe)}, result
+    stats = {"num_steps": jnp.asarray(count), "nfe": None if nfe is None else jnp.asarray(nfe), **said}
+    return ys, carry.y, stats, result
 
 
 def _is_terms(equation: Any) -> bool:

@@ -16,7 +16,8 @@ from jaxtyping import Array, PyTree
 
 from .._results import RESULTS, is_okay, promote
 from ..paths._rows import RowNoise
-from ..solvers._unrolled import UnrolledERK, UnrolledSRK, unrolled
+from ..solvers import McCallumFoster
+from ..solvers._unrolled import UnrolledERK, UnrolledSRK, unrolled, with_all_derivatives
 
 
 class Rows(eqx.Module):
@@ -99,6 +100,8 @@ def straighten(
         looping: what to do with a solver that goes on looping over its stages.
         times: how often what wraps the solver calls it in one step.
     """
+    if isinstance(solver, McCallumFoster):
+        return solver
     straight = unrolled(solver, times)
     if straight is not None:
         return straight
@@ -110,24 +113,15 @@ def straighten(
 
 
 def prepare_solver(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
-    """The solver that takes a walk's steps: straightened, and with derivatives of every order.
-
-    Implicit and large tableaus loop over their stages, and need "bounded" loops for that, stochastic ones "lax" loops;
-    a choice of loops by the user is kept.
-    """
-
-    def looping(solver: Any) -> Any:
-        if getattr(solver, "scan_kind", "none") is not None:
-            return solver
-        return dataclasses.replace(solver, scan_kind="lax" if isinstance(solver, diffrax.AbstractSRK) else "bounded")
-
-    return straighten(solver, looping)
+    """The solver that takes a walk's steps: straightened, and with derivatives of every order."""
+    return straighten(solver, with_all_derivatives)
 
 
 def _innermost(solver: Any) -> Any:
+    """The solver whose state is that of this one."""
     inner = getattr(solver, "solver", None)
-    straight = isinstance(solver, UnrolledERK | UnrolledSRK)
-    return _innermost(inner) if isinstance(inner, diffrax.AbstractSolver) and not straight else solver
+    has_own = isinstance(solver, UnrolledERK | UnrolledSRK | McCallumFoster)
+    return _innermost(inner) if isinstance(inner, diffrax.AbstractSolver) and not has_own else solver
 
 
 def restarts(solver: Any, state: Any) -> bool:
