@@ -85,7 +85,7 @@ class _Probe(DiscreteAdjoint):
     def loop(self, **kwargs: Any) -> Any:
         self.seen.count += 1
         if isinstance(kwargs["stepsize_controller"], diffrax.AbstractAdaptiveStepSizeController):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004
                 "Gradients of an adaptive solve cannot be checked against finite differences, as its steps move with "
                 "the parameters and count as constants: fix them with dt0=, grid= or steps_per_interval=."
             )

@@ -58,6 +58,19 @@ class Lanes:
         """The number of lanes of a batch."""
         return next(x.shape[0] for x, flag in zip(self.inputs, self.batched) if flag)  # pyright: ignore
 
+    def by_time(self, rows: Any, places: Any) -> Any:
+        """Rows that lead with time, for a scan, from inputs of these places."""
+        if not self.many:
+            return rows
+        return jtu.tree_map(lambda x, n: jnp.moveaxis(x, 0, 1) if self.batched[n] else x, rows, places)  # pyright: ignore
+
+    def for_all(self, row: Any, places: Any) -> Any:
+        """A row of inputs of these places, with the batch leading everywhere."""
+        if not self.many:
+            return row
+        wide = lambda x, n: x if self.batched[n] else jnp.broadcast_to(x, (self.size, *x.shape))  # pyright: ignore
+        return jtu.tree_map(wide, row, places)
+
     def reduced(self, number: int, value: Any) -> Any:
         """A cotangent computed lane by lane, summed if its input is shared."""
         return value.sum(axis=0) if self.many and not self.batched[number] else value  # pyright: ignore
@@ -90,3 +103,17 @@ def leaves_by_number(places: Any, values: Any) -> list[tuple[int, Any]]:
     found: list[tuple[int, Any]] = []
     jtu.tree_map(lambda n, x: None if x is None else found.append((n, x)), places, values)
     return found
+
+
+def dot(a: Any, b: Any) -> Any:
+    """The inner product of two trees."""
+    return sum(jnp.sum(x * y) for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b)))
+
+
+def relative_gap(found: Any, begin: Any, final: Any) -> Any:
+    """How far a start that was reconstructed is from the start, relative to the larger of both ends."""
+    flat = lambda tree: jnp.concatenate([jnp.abs(x).ravel() for x in jtu.tree_leaves(tree)])
+    rms = lambda x: jnp.sqrt(jnp.mean(x**2))
+    size = jnp.maximum(rms(flat(begin)), rms(flat(final)))
+    gap = rms(flat(jtu.tree_map(jnp.subtract, found, begin)))
+    return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), gap)

@@ -35,7 +35,7 @@ from ._adaptive import can_record, replaying_loop
 from ._attach import Flags, attach
 from ._base import AbstractWalkAdjoint
 from ._freeze import freeze
-from ._lanes import Lanes, add, leaves_by_number, where, zeros
+from ._lanes import Lanes, add, leaves_by_number, relative_gap, where, zeros
 from ._sweep import inexact
 
 
@@ -254,11 +254,11 @@ class _Undo(Lanes):
 
     def run(self, ct_y: Any, ct_z: Any, ct_saved: Any) -> tuple[dict[int, Any], Any]:
         """All cotangents that are wanted, and the defect."""
-        rows = self._by_time(self.problem.rows, self.places.rows)
+        rows = self.by_time(self.problem.rows, self.places.rows)
         length = jtu.tree_leaves(rows[0])[0].shape[0]
 
         def read(row: Any) -> tuple[Any, Any]:
-            left, right, live, noise = self._for_all(row, self.places.rows)
+            left, right, live, noise = self.for_all(row, self.places.rows)
             noise = self.over(lambda inputs, *x: self.build(inputs).fetch(*x), self.inputs, noise, left, right)
             return (left, right, noise), live
 
@@ -278,19 +278,9 @@ class _Undo(Lanes):
         out = dict(zip(self.of_step, add(of_step, more))) | dict(zip(self.of_save, of_save))
         for place, value in leaves_by_number(self.places.start, cts):
             out[place] = self.reduced(place, value)
-        defect = self.over(lambda inputs, x: _defect(x, self.build(inputs)), self.inputs, found)
+        gap = lambda inputs, x: relative_gap(x, self.build(inputs).start[:2], self.build(inputs).final)
+        defect = self.over(gap, self.inputs, found)
         return out, defect
-
-    def _by_time(self, rows: Any, places: Any) -> Any:
-        if not self.many:
-            return rows
-        return jtu.tree_map(lambda x, n: jnp.moveaxis(x, 0, 1) if self.batched[n] else x, rows, places)  # pyright: ignore
-
-    def _for_all(self, row: Any, places: Any) -> Any:
-        if not self.many:
-            return row
-        wide = lambda x, n: x if self.batched[n] else jnp.broadcast_to(x, (self.size, *x.shape))  # pyright: ignore
-        return jtu.tree_map(wide, row, places)
 
     def _pull_saved(self, i: Any, t: Any, y: Any, ct: Any) -> tuple[list[Any], Any, Any]:
         """Cotangents of the save function's inputs, of the state before row i and of the one after it, ``y``."""
@@ -314,18 +304,9 @@ class _Undo(Lanes):
         return tree if live is None else where(live, tree, zeros(tree))
 
 
-def _defect(found: tuple[Any, ...], problem: _Problem) -> Any:
-    flat = lambda tree: jnp.concatenate([jnp.abs(x).ravel() for x in jtu.tree_leaves(tree)])
-    rms = lambda x: jnp.sqrt(jnp.mean(x**2))
-    begin = problem.start[:2]
-    size = jnp.maximum(rms(flat(begin)), rms(flat(problem.final)))
-    gap = rms(flat(jtu.tree_map(jnp.subtract, found, begin)))
-    return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), gap)
-
-
 class _UndoHeun(_Undo):
     def enter(self, last: Any, ct_y: Any, ct_z: Any) -> Any:
-        y, z = self._for_all(self.problem.final, self.places.final)
+        y, z = self.for_all(self.problem.final, self.places.final)
         more = jnp.zeros((self.size,) if self.many else (), bool)
         # As if a step without noise and of no length followed, so that the end is like any other place.
         ct_u = jtu.tree_map(lambda a, b: a + 2 * b, ct_y, ct_z)
@@ -355,7 +336,7 @@ class _UndoHeun(_Undo):
             u = add(y, half)
             return (u, jtu.tree_map(lambda u, z: 2 * u - z, u, z)), half
 
-        start = self._for_all(self.problem.start, self.places.start)
+        start = self.for_all(self.problem.start, self.places.start)
         _, pull, half = self.vjp(first, self.of_step, start, (after, more))
         held, ct_y, ct_hat, ct_v = pull((ct_u, ct_z))
         found = (jtu.tree_map(jnp.subtract, u, half), z)
@@ -365,12 +346,12 @@ class _UndoHeun(_Undo):
 class _UndoCoupled(_Undo):
     def enter(self, last: Any, ct_y: Any, ct_z: Any) -> Any:
         del last
-        return self._for_all(self.problem.final, self.places.final), (ct_y, ct_z, zeros(ct_y))
+        return self.for_all(self.problem.final, self.places.final), (ct_y, ct_z, zeros(ct_y))
 
     def back(self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]) -> tuple[Any, list[Any], list[Any]]:
         (y1, z1), (ct_y, ct_z, pending) = carry
         left, right, noise = here
-        c = self._for_all(self.problem.coupling, self.places.coupling)
+        c = self.for_all(self.problem.coupling, self.places.coupling)
         times = lambda c, x: jnp.reshape(c, jnp.shape(c) + (1,) * (x.ndim - jnp.ndim(c))).astype(x.dtype) * x
         step = lambda problem, *x: (problem.step(*x), None)
         of_save, ct_before, ct_after = saved(y1)
