@@ -1,4 +1,4 @@
-"""The reverse pass of the adjoints that solve an equation backwards: from row to row, with jumps where states were kept.
+"""The reverse pass of the adjoints that solve an equation backwards: from row to row, with jumps at kept states.
 
 At the end of every row the cotangents of what was kept there are added to a, then the row is taken from its end to its
 start. Rows may be differentiated with respect to their ends, where nothing but time drives the equation:

@@ -115,13 +115,13 @@ def check_solver(solver: Any) -> None:
     """
     name = type(solver).__name__
     if isinstance(solver, diffrax.AbstractImplicitSolver):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004
             f"ContinuousAdjoint runs the equation backwards, where {name} is not stable either: use "
             "adjoint=sf.adjoints.InterpolatingAdjoint(), or DiscreteAdjoint()."
         )
     # A wrapper passes for what it wraps.
     if not isinstance(solver, _KINDS) or isinstance(solver, diffrax.AbstractWrappedSolver):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004
             f"ContinuousAdjoint cannot take {name} backwards: use an explicit one-step solver such as diffrax.Heun() "
             "or diffrax.Tsit5(), or adjoint=sf.adjoints.DiscreteAdjoint()."
         )

@@ -5,17 +5,23 @@ With y(t) between the steps from the solver's own interpolation, and a = dL/dy,
     da/dt = -a f_y(t, y(t)),      dL/dtheta = int a(t) f_theta(t, y(t)) dt + int a(t) g_theta(t) dW,
 
 where a jumps by dL/dy_i at every time at which y_i was kept. The first equation is linear, as stiff as the equation and
-stable in the direction in which it is solved, so it is given to the same solver on the same steps. The first integral
-is a sum over three Gauss-Legendre nodes a row, t = m + {-sqrt(3/5), 0, sqrt(3/5)} h / 2 with weights {5, 8, 5} / 18; the
-second takes a to be linear within a row. The parameters never enter a nonlinear solve, however many they are.
+stable in the direction in which it is solved, so it is given to the same solver on the same steps. No parameter enters
+an implicit solve, however many there are: the first integral is a sum over nodes of each row, for which there are two
+choices, and the second takes a to be linear within a row.
+
+* "stages": the solver's own nodes, weights and values of a there, as if it had integrated the gradient as well. What a
+  stiff direction loses in a row is then charged exactly, even where a jump has left more than the steps resolve.
+* "gauss": the Gauss-Legendre nodes m + {-sqrt(3/5), 0, sqrt(3/5)} h / 2 with weights {5, 8, 5} / 18, and a from the
+  solver's interpolation, which is only meant for steps that resolve a.
 
 Sources: Ma, Dixit, Innes, Guo and Rackauckas, A comparison of automatic differentiation and continuous sensitivity
 analysis for derivatives of differential equation solutions, 2021, arXiv:1812.01892; Norcliffe and Deisenroth, Faster
 training of neural ODEs using Gauss-Legendre quadrature, 2023, arXiv:2308.10644.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
@@ -23,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optimistix as optx
 from jaxtyping import PyTree
 
 from .._results import is_okay, promote
@@ -52,22 +59,26 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
     """Solve the adjoint equation along the stored solution: for stiff equations with many parameters.
 
     Optimise, then discretise: gradients are as good as the steps and the solver's interpolation are, and differ from
-    those of the numbers that the solve returns, which `DiscreteAdjoint` gives. Nothing is reconstructed, so that, unlike
-    `ContinuousAdjoint`, it may be stiff and may forget its start; memory is the states and stages of all steps.
+    those of the numbers that the solve returns, which `DiscreteAdjoint` gives. Nothing is reconstructed, so that the
+    equation may be stiff and may forget its start, unlike with `ContinuousAdjoint`; memory is the states and stages of
+    all steps.
 
     For ordinary equations with implicit and explicit one-step solvers, and for additive noise, along which the adjoint
-    is an ordinary equation (solved by Heun's method where the solver is one for noise alone; order 1, as the path within
-    a step is not known). An adaptive solve is recorded and walked once more along its accepted steps.
+    is an ordinary equation (solved by Heun's method where the solver is one for noise alone, with order 1, as the path
+    within a step is taken to be linear). An adaptive solve is recorded and walked once more along its accepted steps.
 
     Gradients are of first order, in reverse mode, and with respect to all but noise; with respect to times by
     dL/dt1 = a f(t1, y1) and dL/dt0 = -a f(t0, y0), where time alone drives the equation.
 
     Arguments:
+        quadrature: "stages" or "gauss", where gradients with respect to what the equation holds are summed up. The
+            solver's own stages, unlike three nodes of Gauss and Legendre, serve as well where cotangents decay within
+            a step, which they do in every stiff equation.
         record: for adaptive steps only: how many accepted steps the record holds.
 
     Raises:
-        ValueError: for a ``record`` below 1; while tracing, for a wrapped or multi-step solver, for noise that depends
-            on the state, and for controls other than time and noise.
+        ValueError: for another ``quadrature`` or a ``record`` below 1; while tracing, for a wrapped, multi-step or
+            implicit-explicit solver, for noise that depends on the state, and for controls other than time and noise.
 
     Example:
         >>> import diffrax, jax, jax.numpy as jnp, sdeflow as sf
@@ -78,9 +89,12 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
         -8e-05
     """
 
+    quadrature: Literal["stages", "gauss"] = eqx.field(default="stages", static=True)
     record: int = eqx.field(default=256, static=True)
 
     def __check_init__(self):
+        if self.quadrature not in ("stages", "gauss"):
+            raise ValueError(f'quadrature must be "stages" or "gauss", got {self.quadrature!r}.')
         if not isinstance(self.record, int) or self.record < 1:
             raise ValueError(f"record must be a positive number of steps, got {self.record!r}.")
 
@@ -101,7 +115,7 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
         check_terms(_NAME, terms)
         carry, emitted, _ = walk_backwards(
             _AlongPath, _NAME, solver, terms, args, y0, rows, every=every, emit=emit, start=start, keep_dense=True,
-            check=lambda fields: _Pair(*_followers(solver, fields)),
+            check=lambda fields: _Pair(*_followers(solver, fields, rows.left.dtype), self.quadrature),
         )  # fmt: skip
         return carry, emitted, {}
 
@@ -121,10 +135,11 @@ def check_solver(solver: Any) -> None:
     """
     # A wrapper passes for what it wraps.
     wrapped = isinstance(solver, diffrax.AbstractWrappedSolver)
-    if wrapped or not isinstance(solver, _KINDS):
+    split = isinstance(getattr(solver, "tableau", None), diffrax.MultiButcherTableau)
+    if wrapped or split or not isinstance(solver, _KINDS):
         raise ValueError(
-            f"InterpolatingAdjoint cannot follow {type(solver).__name__}: use a one-step solver such as diffrax.Tsit5() "
-            "or diffrax.Kvaerno5(), or adjoint=sf.adjoints.DiscreteAdjoint()."
+            f"InterpolatingAdjoint cannot follow {type(solver).__name__}: use a one-step solver such as "
+            "diffrax.Tsit5() or diffrax.Kvaerno5(), or adjoint=sf.adjoints.DiscreteAdjoint()."
         )
 
 
@@ -133,13 +148,14 @@ class _Pair(eqx.Module):
 
     path: Any
     follower: Any
+    quadrature: str = eqx.field(static=True)
 
 
-def _followers(solver: Any, fields: tuple[Field, ...]) -> tuple[Any, Any]:
+def _followers(solver: Any, fields: tuple[Field, ...], dtype: Any) -> tuple[Any, Any]:
     """The solver of the path and that of the adjoint equation along it.
 
     Raises:
-        ValueError: for what drives the equation beside time, unless it is additive noise.
+        ValueError: for what drives the equation beside time, unless it is additive noise; for an equation without drift.
     """
     for field in fields:
         if field.kind == "control" or (field.kind == "noise" and not field.additive):
@@ -148,10 +164,31 @@ def _followers(solver: Any, fields: tuple[Field, ...]) -> tuple[Any, Any]:
                 f"InterpolatingAdjoint follows a smooth adjoint, and {what} makes it rough: use "
                 "adjoint=sf.adjoints.DiscreteAdjoint(), or ContinuousAdjoint()."
             )
+    if all(field.kind == "noise" for field in fields):
+        raise ValueError(
+            "InterpolatingAdjoint follows the drift of an equation, and this one has none: use "
+            "adjoint=sf.adjoints.DiscreteAdjoint()."
+        )
     prepared = prepare_solver(solver)
-    # Some methods are for noise alone, or for sums of as many terms as the equation has.
-    general = solver.term_structure is diffrax.AbstractTerm
-    return prepared, prepared if general or all(f.kind == "time" for f in fields) else prepare_solver(diffrax.Heun())
+    if solver.term_structure is diffrax.AbstractTerm:
+        return prepared, _for_linear(prepared, dtype)
+    # Other methods are for noise alone.
+    return prepared, prepare_solver(diffrax.Heun())
+
+
+def _for_linear(solver: Any, dtype: Any) -> Any:
+    """The solver, with what an implicit one needs for a linear equation: one step of Newton's method, and another.
+
+    Its own root finder compares what is left with absolute tolerances, which a stiff linear equation, however well
+    solved, need not meet; and chord methods would go on with the Jacobian of another time.
+    """
+    finder = getattr(solver, "root_finder", None)
+    if finder is None:
+        return solver
+    tolerance = float(jnp.finfo(dtype).eps) ** 0.5
+    options = {"linear_solver": finder.linear_solver} if hasattr(finder, "linear_solver") else {}
+    newton = optx.Newton(tolerance, tolerance, norm=optx.rms_norm, cauchy_termination=False, **options)
+    return dataclasses.replace(solver, root_finder=newton)
 
 
 class _Cotangent(diffrax.AbstractTerm):
@@ -177,21 +214,51 @@ def _follow(problem: Problem, a: Any, left: Any, right: Any, noise: Any, dense: 
     smooth = [field for field in problem.fields if field.kind == "time"]
     terms = [_Cotangent(freeze(field), path) for field in smooth]  # pyright: ignore
     solver = problem.solver.follower
-    whole = problem.multi and len(terms) == len(problem.fields)
-    terms = diffrax.MultiTerm(*terms) if whole else terms[0]
+    terms = terms[0] if len(terms) == 1 else diffrax.MultiTerm(*terms)
+    # The equation is linear, so that tolerances may be those of an a whose largest entry is one.
+    size = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jtu.tree_leaves(a)]))
+    size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    times_size = lambda tree: jtu.tree_map(lambda x: size.astype(x.dtype) * x, tree)
+    unit = jtu.tree_map(lambda x: x / size.astype(x.dtype), a)
     # The slope of the row before is none for this one where a has jumped between them.
-    state = solver.init(terms, right, left, a, None)
-    a0, _, info, _, result = solver.step(terms, right, left, a, None, state, False)
-    along = solver.interpolation_cls(t0=right, t1=left, **info)
+    state = solver.init(terms, right, left, unit, None)
+    unit0, _, info, _, result = solver.step(terms, right, left, unit, None, state, False)
+    a0 = times_size(unit0)
 
     h = right - left
-    times = left + jnp.asarray(NODES, h.dtype) * h
-    states = jax.vmap(lambda t: (path.evaluate(t), along.evaluate(t)))(times)
+    if problem.solver.quadrature == "gauss":
+        nodes, weights = NODES, WEIGHTS
+        times = left + jnp.asarray(nodes, h.dtype) * h
+        along = jax.vmap(solver.interpolation_cls(t0=right, t1=left, **info).evaluate)(times)
+    else:
+        nodes, weights, along = _stages(solver, unit, unit0, info)
+        times = right - jnp.asarray(nodes, h.dtype) * h
+    states = jax.vmap(path.evaluate)(times), times_size(along)
     charge = lambda t, y, a: sum(dot(a, field.call(t, y)) for field in smooth)
-    s = h * (jnp.asarray(WEIGHTS, h.dtype) @ jax.vmap(charge)(times, *states))
+    s = h * (jnp.asarray(weights, h.dtype) @ jax.vmap(charge)(times, *states))
     ends = (left, dense["y0"], a0), (right, dense["y1"], a)
     s = s + noise_charge(problem.fields, problem.controls(noise, left, right), ends, problem.levy)
     return s, (a0, is_okay(promote(result)))
+
+
+def _stages(solver: Any, a: Any, a0: Any, info: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Nodes, weights and values of the stages of a step from ``a`` to ``a0``, those that count."""
+    one = lambda tree: jtu.tree_map(lambda x: x[None], tree)
+    if isinstance(solver, diffrax.Euler):
+        return np.zeros(1), np.ones(1), one(a)
+    if isinstance(solver, diffrax.ImplicitEuler):
+        return np.ones(1), np.ones(1), one(a0)
+    tableau = getattr(solver, "solver", solver).tableau
+    count = tableau.num_stages
+    lower = np.zeros((count, count))
+    for i, row in enumerate(tableau.a_lower):
+        lower[i + 1, : i + 1] = row
+    if tableau.a_diagonal is not None:
+        lower[np.diag_indices(count)] = tableau.a_diagonal
+    nodes = np.concatenate([[0.0 if tableau.c1 is None else tableau.c1], tableau.c])
+    counts = np.flatnonzero(np.asarray(tableau.b_sol))
+    value = lambda x, k: x + jnp.tensordot(jnp.asarray(lower[counts], x.dtype), k, 1)
+    return nodes[counts], np.asarray(tableau.b_sol)[counts], jtu.tree_map(value, a, info["k"])
 
 
 class _AlongPath(Backwards):
