@@ -23,7 +23,7 @@ import jax.tree_util as jtu
 
 from .._compat import buffer_at_set, is_buffer, is_save_state, lax_while_loop, unwrap
 from ..paths._rows import RowNoise
-from ..walking import adopt_state, asks_within, make_rows, prepare_solver, restarts, straighten
+from ..walking import adopt_state, prepare_solver, restarts, straighten, with_noise_of_step
 from ._attach import attach
 from ._freeze import freeze
 from ._sweep import Record, Solve, sweep
@@ -91,8 +91,7 @@ class _Walking(diffrax.AbstractWrappedSolver):
     def step(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any, solver_state: Any, made_jump: Any) -> Any:
         bare, direction = unwrap(terms)
         left, right = t0 * direction, t1 * direction
-        rows = make_rows(bare, left[None], right[None], own_grid=False, within=asks_within(self.solver))
-        here = rows.source.install(bare, jtu.tree_map(lambda x: x[0], rows.noise), left, right)
+        here = with_noise_of_step(self.solver, bare, left, right)
         return self.solver.step(here, left, right, y0, args, solver_state, made_jump)
 
     def func(self, terms: Any, t0: Any, y0: Any, args: Any) -> Any:

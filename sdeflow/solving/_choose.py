@@ -16,6 +16,7 @@ from .._compat import use_stepsize_tol
 from ..adjoints import DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
 from ..solvers import McCallumFoster
+from ..solvers._charging import Charging
 from ..solvers._unrolled import unrolled
 from ..walking import asks_within
 
@@ -163,6 +164,8 @@ def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
         # diffrax's loop over stages finds its first slope within the first step, which the whole step takes once more.
         twice = isinstance(solver.solver, diffrax.AbstractERK) and unrolled(solver.solver, 3) is None
         return 3 * inner[0], inner[1] * (2 if twice else 1)
+    if isinstance(solver, Charging):
+        return evaluations(solver.solver)
     if isinstance(solver, McCallumFoster):
         # No slope is carried over to the next step, as it would belong to the other copy.
         inner = evaluations(solver.solver)

@@ -13,6 +13,8 @@ import numpy as np
 from .._compat import is_term
 from .._results import RESULTS, is_okay, promote
 from ..equations._terms import DiffusionTerm, DriftTerm
+from ..solvers import McCallumFoster
+from ..solvers._charging import Charging
 from ..solvers._unrolled import StandIn
 from ..walking import prepare_solver
 from ._choose import evaluations, resolve_tolerances
@@ -88,14 +90,14 @@ def delegate(
     event: diffrax.Event | None,
     max_steps: int | None,
     save_fn: Any,
-) -> tuple[Any, Any, Any, dict[str, Any], Any]:
+) -> tuple[Any, Any, dict[str, Any], Any]:
     """Solve with diffrax.
 
     Arguments:
         steps: the fixed steps, if they are fixed.
 
     Returns:
-        ts, ys, the last state, statistics and the result.
+        ys, the last state, statistics and the result.
     """
     continuous = isinstance(adjoint, diffrax.BacksolveAdjoint)
     # Both ends need no search for requested times within the loop.
@@ -116,9 +118,10 @@ def delegate(
         # Both see only what terms and args hold.
         terms = jtu.tree_map(lambda x: _holding(x, ts[0], y0, args) if is_term(x) else x, terms, is_leaf=is_term)
     cost = evaluations(solver)
-    if isinstance(solver, diffrax.HalfSolver) and isinstance(solver.solver, diffrax.AbstractImplicitSolver):
+    wrapping = isinstance(solver, diffrax.HalfSolver | Charging | McCallumFoster)
+    if wrapping and isinstance(solver.solver, diffrax.AbstractImplicitSolver):  # pyright: ignore
         solver = StandIn(resolve_tolerances(solver, ts.dtype, None if steps is not None else controller))  # pyright: ignore
-    if isinstance(adjoint, diffrax.DirectAdjoint | diffrax.ForwardMode) and isinstance(solver, diffrax.HalfSolver):
+    if isinstance(adjoint, diffrax.DirectAdjoint | diffrax.ForwardMode) and wrapping:
         # They look for the loop over stages of the solver within, in the wrong place.
         solver = StandIn(prepare_solver(solver))  # pyright: ignore
 
@@ -148,7 +151,7 @@ def delegate(
     if "record_overflow" in sol.stats:
         spilt = is_okay(result) & sol.stats["record_overflow"]
         result = RESULTS.where(spilt, RESULTS.record_overflow, result)
-    return ts, ys, final, stats, result
+    return ys, final, stats, result
 
 
 Run = Callable[[diffrax.SaveAt], Any]

@@ -24,6 +24,7 @@ from ..grids import Grid
 from ..grids._build import host_times
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
+from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
 from ..walking import asks_within, make_rows
 from ._check_path import check_path
 from ._choose import (
@@ -110,8 +111,7 @@ def solve(
     """
     y0 = _check_y0(y0)
     dtype = jnp.finfo(jnp.result_type(*jtu.tree_leaves(y0))).dtype
-    if regularisers:
-        raise ValueError(f"No regulariser is known to this version of sdeflow, got {tuple(regularisers)!r}.")
+    check_regularisers(regularisers, key)
     raw = _is_terms(equation)
     if not raw and not isinstance(equation, AbstractEquation):
         raise TypeError(
@@ -150,7 +150,8 @@ def solve(
     if not raw:
         decreasing = is_concrete(ts) and float(ts[1]) < float(ts[0])
         check_interpretation(equation, solver, decreasing)  # pyright: ignore
-    _check_noise(stochastic, raw, key, path)
+    draws = any(r.draws for r in regularisers)
+    _check_noise(stochastic, raw, None if draws and (path is not None or not stochastic) else key, path)
 
     if adaptive:
         steps = None
@@ -184,7 +185,7 @@ def solve(
 
     sol = _run(
         equation, y0, jnp.asarray(ts, dtype), args, key, dt0 if adaptive else None, steps, storage, solver, path,
-        stepsize_controller, adjoint, save_fn, event, max_steps, tuple(choices),
+        stepsize_controller, adjoint, tuple(regularisers), save_fn, event, max_steps, tuple(choices),
     )  # fmt: skip
     leaves = jtu.tree_leaves(sol.result)
     if throw and is_concrete(*leaves) and not bool(is_okay(sol.result).all()):
@@ -206,6 +207,7 @@ def _run(
     path: Any,
     controller: Any,
     adjoint: Any,
+    regularisers: tuple[Any, ...],
     save_fn: Any,
     event: Any,
     max_steps: int | None,
@@ -216,7 +218,7 @@ def _run(
         cast = lambda x: jnp.asarray(x, dtype)
         grid = Grid(cast(steps.grid.left), cast(steps.grid.right), steps.grid.live, steps.grid.save, steps.grid.jump)
         steps = steps._replace(grid=grid)
-    if key is not None:
+    if key is not None and path is None and not _is_terms(equation) and equation.is_stochastic:
         structure = _noise_structure(equation, ts[0], y0, args)
         if storage is None:
             path = diffrax.VirtualBrownianTree(
@@ -229,20 +231,30 @@ def _run(
 
     if steps is not None:
         solver = resolve_coupling(resolve_tolerances(solver, dtype), steps.grid.num_steps, dtype)
-    if isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None:
-        ys, final, stats, result = _walk(terms, y0, ts, args, steps, solver, adjoint, save_fn)
-    else:
-        ts, ys, final, stats, result = delegate(
-            terms, solver, y0, ts, args, steps=steps, dt0=dt0, controller=controller, adjoint=adjoint, event=event,
-            max_steps=max_steps, save_fn=save_fn,
+    elif regularisers:
+        # Now, as the controller's norm will not know the state from what goes beside it.
+        solver = resolve_tolerances(solver, dtype, controller)
+
+    walks = steps is not None and event is None and isinstance(adjoint, AbstractWalkAdjoint)
+
+    def go(x: Setting) -> Outcome:
+        if x.walks:
+            return Outcome(*_walk(x.terms, x.y0, ts, args, steps, x.solver, x.adjoint, x.save_fn))
+        out = delegate(
+            x.terms, x.solver, x.y0, ts, args, steps=steps, dt0=dt0, controller=x.controller, adjoint=x.adjoint,
+            event=x.event, max_steps=max_steps, save_fn=x.save_fn,
         )  # fmt: skip
         start = pre_check(y0)
-        result = RESULTS.where(is_okay(start), result, start)
-    return Solution(ts, ys, final, stats, {}, with_finite_check(result, final), choices)
+        return Outcome(*out[:3], RESULTS.where(is_okay(start), out[3], start))
+
+    setting = Setting(terms, y0, solver, controller, adjoint, save_fn, event, walks)
+    out, penalties = charged(go, setting, regularisers, ts, args, key)
+    result = with_finite_check(out.result, out.final)
+    return Solution(ts, out.ys, out.final, out.stats, penalties, result, choices)
 
 
 def _walk(
-    terms: Any, y0: Any, ts: Any, args: Any, steps: Plan, solver: Any, adjoint: Any, save_fn: Any
+    terms: Any, y0: Any, ts: Any, args: Any, steps: Any, solver: Any, adjoint: Any, save_fn: Any
 ) -> tuple[Any, Any, dict[str, Any], Any]:
     grid: Any = steps.grid
     live = grid.live if steps.masked else None

@@ -9,6 +9,8 @@ from ._row import make_rows as make_rows
 from ._row import prepare_solver as prepare_solver
 from ._row import restarts as restarts
 from ._row import straighten as straighten
+from ._row import take_step as take_step
+from ._row import with_noise_of_step as with_noise_of_step
 from ._scan import Checkpoints as Checkpoints
 from ._scan import checkpointed_scan as checkpointed_scan
 from ._scan import walk as walk
