@@ -26,7 +26,10 @@ def choose_solver(equation: AbstractEquation, fixed: bool) -> tuple[diffrax.Abst
     """The solver for an equation when none is given.
 
     Arguments:
-        fixed: whether the steps are fixed; only an ordinary equation may go without.
+        fixed: whether the steps are fixed.
+
+    Raises:
+        ValueError: for adaptive steps of an Ito equation with state-dependent noise, which no solver takes.
     """
     if not equation.is_stochastic:
         return diffrax.Tsit5(), "order 5, the usual choice for ordinary equations"
@@ -35,6 +38,11 @@ def choose_solver(equation: AbstractEquation, fixed: bool) -> tuple[diffrax.Abst
     if equation.additive:
         return diffrax.ShARK(), "strong order 1.5 for additive noise"
     if equation.interpretation == "ito":
+        if not fixed:
+            raise ValueError(
+                "Adaptive steps of an Ito equation with state-dependent noise have no default solver, as none of them "
+                "estimates its error: solve equation.to_stratonovich(), or fix the steps with dt0=."
+            )
         return diffrax.Euler(), "converges to the Ito solution for any noise"
     return diffrax.Heun(), "converges to the Stratonovich solution for any noise"
 
@@ -66,6 +74,20 @@ def check_interpretation(equation: AbstractEquation, solver: diffrax.AbstractSol
         raise ValueError(
             "An Ito equation with state-dependent noise has two inequivalent limits when ts decreases: solve "
             "equation.to_stratonovich(), whose reverse-time limit is unique."
+        )
+
+
+def check_adapts(solver: diffrax.AbstractSolver, noisy: bool) -> None:
+    """Refuse a solver that cannot be driven by an adaptive controller.
+
+    Raises:
+        ValueError: for Euler's method with noise, whose error estimates choose steps that depend on the noise.
+    """
+    # diffrax answers for what a HalfSolver wraps, too.
+    if noisy and isinstance(solver, diffrax.Euler):
+        raise ValueError(
+            "An SDE should not be solved with adaptive step sizes with Euler's method, as it may converge to another "
+            "process: use diffrax.Heun() on equation.to_stratonovich(), or fix the steps with dt0=."
         )
 
 

@@ -130,6 +130,13 @@ def _innermost(solver: Any) -> Any:
     return _innermost(inner) if isinstance(inner, diffrax.AbstractSolver) and not straight else solver
 
 
+def loops_over_stages(solver: Any) -> bool:
+    """Whether a walk with this solver uses diffrax's loop over the stages of a Runge-Kutta method."""
+    inner = _innermost(prepare_solver(solver))
+    # What is written out answers for what it wraps.
+    return not isinstance(inner, UnrolledERK | UnrolledSRK) and isinstance(inner, diffrax.AbstractRungeKutta)
+
+
 def restarts(solver: Any, state: Any) -> bool:
     """Whether the state of a prepared solver before a step follows from the time and the solution there."""
     return not jtu.tree_leaves(state) or isinstance(_innermost(solver), UnrolledERK)
