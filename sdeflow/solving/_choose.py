@@ -13,7 +13,7 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .._compat import use_stepsize_tol
-from ..adjoints import DiscreteAdjoint
+from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
 from ..solvers._unrolled import unrolled
 from ..walking import asks_within
@@ -89,6 +89,34 @@ def check_adapts(solver: diffrax.AbstractSolver, noisy: bool) -> None:
             "An SDE should not be solved with adaptive step sizes with Euler's method, as it may converge to another "
             "process: use diffrax.Heun() on equation.to_stratonovich(), or fix the steps with dt0=."
         )
+
+
+def wrong_backwards(
+    solver: diffrax.AbstractSolver, noisy: bool, adjoint: diffrax.AbstractAdjoint, event: Any, endless: bool
+) -> bool:
+    """Whether the steps of this solve are right only as long as time increases.
+
+    diffrax mirrors decreasing times, where its stochastic Runge-Kutta solvers have the wrong sign of the drift. A walk
+    does not mirror them, and neither do adaptive steps under an adjoint of ours.
+
+    Arguments:
+        endless: whether the steps adapt without a bound on their number, which diffrax takes too.
+    """
+    by_diffrax = event is not None or endless or not isinstance(adjoint, AbstractWalkAdjoint)
+    return by_diffrax and noisy and any(isinstance(one, diffrax.AbstractSRK) for one in _solvers_within(solver))
+
+
+def check_backwards(solver: diffrax.AbstractSolver) -> None:
+    """Refuse steps that would be wrong, for times that decrease.
+
+    Raises:
+        ValueError: always, with what to do instead.
+    """
+    raise ValueError(
+        f"diffrax runs {type(solver).__name__} backwards in time with the wrong sign of the drift, and this solve "
+        "leaves the steps to diffrax: drop adjoint= and event= (and set max_steps=), or use a solver such as "
+        "diffrax.Heun()."
+    )
 
 
 def resolve_tolerances(solver: Any, dtype: Any, controller: Any = None) -> Any:

@@ -38,6 +38,7 @@ from ._check_input import (
 from ._check_path import check_path, controls_cut_short
 from ._choose import (
     check_adapts,
+    check_backwards,
     check_interpretation,
     choose_adjoint,
     choose_solver,
@@ -45,6 +46,7 @@ from ._choose import (
     evaluations,
     levy_area_for,
     resolve_tolerances,
+    wrong_backwards,
 )
 from ._delegate import check_adjoint, delegate, pre_check
 from ._plan import Plan, plan
@@ -135,7 +137,7 @@ def solve(
     stochastic = not raw and equation.is_stochastic  # pyright: ignore
     ts = check_ts(ts, repeats=grid is not None or steps_per_interval is not None or path is not None)
     # With one time there is nothing to solve: the start is the solution.
-    still = jnp.shape(ts)[0] == 1
+    still = len(ts) == 1
     paths = _paths_of(equation) if raw else () if path is None else (path,)
     noisy = stochastic or len(paths) > 0
     check_counts(dt0, grid, steps_per_interval, max_steps)
@@ -167,8 +169,8 @@ def solve(
         if not isinstance(solver, diffrax.AbstractSolver):
             raise TypeError(f"solver must be an instance of a diffrax solver, got {solver!r}.")
         choices.append(("solver", f"{type(solver).__name__}, as given"))
+    decreasing = not still and is_concrete(ts) and float(ts[-1]) < float(ts[0])
     if not raw:
-        decreasing = not still and is_concrete(ts) and float(ts[1]) < float(ts[0])
         check_interpretation(equation, solver, decreasing)  # pyright: ignore
     key = check_noise_given(stochastic, raw, key, path)
 
@@ -212,11 +214,14 @@ def solve(
     walked = isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None
     if not still:
         check_precision(y0, solver, delegated=not walked)
+    forwards_only = wrong_backwards(solver, noisy, adjoint, event, adaptive and max_steps is None)
+    if forwards_only and decreasing:
+        check_backwards(solver)
     traced = not is_concrete(ts) if steps is None else steps.traced
 
     sol = _run(
         equation, y0, jnp.asarray(ts, dtype), args, key, dt0 if adaptive else None, steps, storage, solver, path,
-        stepsize_controller, adjoint, save_fn, event, max_steps, traced, tuple(choices),
+        stepsize_controller, adjoint, save_fn, event, max_steps, traced, forwards_only, tuple(choices),
     )  # fmt: skip
     leaves = jtu.tree_leaves(sol.result)
     if throw and is_concrete(*leaves) and not bool(is_okay(sol.result).all()):
@@ -244,6 +249,7 @@ def _run(
     event: Any,
     max_steps: int | None,
     traced: bool,
+    forwards_only: bool,
     choices: tuple[tuple[str, str], ...],
 ) -> Solution:
     dtype = ts.dtype
@@ -251,7 +257,7 @@ def _run(
         cast = lambda x: jnp.asarray(x, dtype)
         grid = Grid(cast(steps.grid.left), cast(steps.grid.right), steps.grid.live, steps.grid.save, steps.grid.jump)
         steps = steps._replace(grid=grid)
-    good = times_are_good(ts, None if steps is None else steps.grid) if traced else None
+    good = times_are_good(ts, None if steps is None else steps.grid, forwards_only) if traced else None
     if ts.shape[0] == 1:
         return _stay(equation, y0, ts, args, save_fn, controller is not None, good, choices)
     if key is not None:

@@ -12,16 +12,19 @@ from ..grids import Grid
 from ..grids._grid import ULPS
 
 
-def times_are_good(ts: Array, grid: Grid | None) -> Bool[Array, ""]:
+def times_are_good(ts: Array, grid: Grid | None, forwards_only: bool = False) -> Bool[Array, ""]:
     """Whether traced times are finite and strictly monotone up to repeats of the last, and the grid leads through them.
 
     Arguments:
         grid: the steps, if they are fixed.
+        forwards_only: whether decreasing times are bad too.
     """
     sign = jnp.sign(ts[-1] - ts[0])
     gaps = ts[1:] - ts[:-1]
     ends = (ts[1:] == ts[-1]) & (gaps == 0)
     good = jnp.isfinite(ts).all() & ((gaps * sign > 0) | ends).all()
+    if forwards_only:
+        good &= ts[-1] >= ts[0]
     if grid is None:
         return good & _resolved(gaps, gaps != 0, ts)
 
