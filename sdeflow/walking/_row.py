@@ -126,20 +126,31 @@ def prepare_solver(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
 
 def _innermost(solver: Any) -> Any:
     inner = getattr(solver, "solver", None)
-    straight = isinstance(solver, UnrolledERK | UnrolledSRK)
-    return _innermost(inner) if isinstance(inner, diffrax.AbstractSolver) and not straight else solver
+    wraps = isinstance(inner, diffrax.AbstractSolver) and not _is_straight(solver)
+    return _innermost(inner) if wraps else solver
+
+
+def _is_straight(solver: Any) -> bool:
+    # Not isinstance, for which a wrapped solver passes as what it wraps.
+    return issubclass(type(solver), UnrolledERK | UnrolledSRK)
+
+
+def _adds_no_state(solver: Any) -> bool:
+    """Whether the state of a prepared solver is that of the innermost one; what users write may keep more."""
+    known = _is_straight(solver) or not isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver)
+    return known or (type(solver) is diffrax.HalfSolver and _adds_no_state(solver.solver))
 
 
 def loops_over_stages(solver: Any) -> bool:
     """Whether a walk with this solver uses diffrax's loop over the stages of a Runge-Kutta method."""
     inner = _innermost(prepare_solver(solver))
-    # What is written out answers for what it wraps.
-    return not isinstance(inner, UnrolledERK | UnrolledSRK) and isinstance(inner, diffrax.AbstractRungeKutta)
+    return not _is_straight(inner) and isinstance(inner, diffrax.AbstractRungeKutta)
 
 
 def restarts(solver: Any, state: Any) -> bool:
     """Whether the state of a prepared solver before a step follows from the time and the solution there."""
-    return not jtu.tree_leaves(state) or isinstance(_innermost(solver), UnrolledERK)
+    follows = isinstance(_innermost(solver), UnrolledERK) and _adds_no_state(solver)
+    return not jtu.tree_leaves(state) or follows
 
 
 def adopt_state(solver: Any, state: Any, terms: Any, t0: Any, t1: Any, y0: PyTree, args: Any, fresh: bool) -> Any:
@@ -149,9 +160,9 @@ def adopt_state(solver: Any, state: Any, terms: Any, t0: Any, t1: Any, y0: PyTre
         fresh: the state is that of a start.
     """
     inner = _innermost(solver)
-    if isinstance(inner, UnrolledERK):
-        return inner.adopt(None if fresh else state, terms, t0, t1, y0, args)
-    return state
+    if not isinstance(inner, UnrolledERK):
+        return state
+    return solver.init(terms, t0, t1, y0, args) if fresh else inner.adopt(state, terms, t0, t1, y0, args)
 
 
 def first_carry(solver: diffrax.AbstractSolver, terms: Any, args: Any, y0: PyTree, rows: Rows, fallible: bool) -> Carry:
