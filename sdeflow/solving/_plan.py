@@ -49,7 +49,8 @@ def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, p
     why = {"dt0": "steps of at most dt0", "steps_per_interval": "equal steps in every interval"}.get(
         given[0] if given else "", "one step per interval"
     )
-    own = path is None
+    # The path's own grid may be named twice.
+    own = path is None or (grid is not None and getattr(path, "grid", None) is grid)
     if grid is None and not given and getattr(path, "grid", None) is not None:
         grid, why, own = path.grid, "the grid of the path", True
     if grid is not None:
