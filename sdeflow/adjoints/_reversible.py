@@ -39,6 +39,12 @@ from ._lanes import Lanes, add, leaves_by_number, where, zeros
 from ._sweep import inexact
 
 
+_FIRST_ONLY = (
+    "ReversibleAdjoint has first derivatives in reverse mode, by jax.grad: for second derivatives or forward mode pass "
+    "adjoint=sdeflow.adjoints.DiscreteAdjoint()."
+)
+
+
 class ReversibleAdjoint(AbstractWalkAdjoint):
     """Undo the steps that were taken: exact gradients, with memory that does not grow with their number.
 
@@ -124,7 +130,7 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
             out = undo.spoiled(out, ~(defect <= self.max_defect))
             return [out[i] for i in chosen]
 
-        values, _ = attach(rule, values, inputs, jnp.asarray(False))
+        values, _ = attach(rule, values, inputs, jnp.asarray(False), _FIRST_ONLY)
         y, hats, saved = values_def.unflatten(values)
         state = hats
         if isinstance(solver, diffrax.ReversibleHeun):

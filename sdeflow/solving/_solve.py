@@ -22,6 +22,7 @@ from ..adjoints import AbstractWalkAdjoint
 from ..equations import AbstractEquation
 from ..grids import Grid
 from ..grids._build import host_times
+from ..grids._grid import cast
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
 from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
@@ -215,9 +216,7 @@ def _run(
 ) -> Solution:
     dtype = ts.dtype
     if steps is not None:
-        cast = lambda x: jnp.asarray(x, dtype)
-        grid = Grid(cast(steps.grid.left), cast(steps.grid.right), steps.grid.live, steps.grid.save, steps.grid.jump)
-        steps = steps._replace(grid=grid)
+        steps = steps._replace(grid=cast(steps.grid, dtype))
     if key is not None and path is None and not _is_terms(equation) and equation.is_stochastic:
         structure = _noise_structure(equation, ts[0], y0, args)
         if storage is None:
