@@ -32,6 +32,11 @@ from ._within_diffrax import CHUNK, Steps, is_save, walk_steps
 # What diffrax hands to an adjoint but its own loop does not take.
 _NOT_FOR_LOOP = ("init_state", "throw", "passed_solver_state", "passed_controller_state")
 
+_FIRST_ONLY = (
+    "Adaptive steps have first derivatives in reverse mode, by jax.grad: for second derivatives or forward mode pass "
+    "adjoint=sdeflow.adjoints.DiscreteAdjoint(higher_order=True), or fix the steps."
+)
+
 
 def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:
     """All that a ``SaveAt`` asks for."""
@@ -230,7 +235,7 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
     found, treedef = jtu.tree_flatten(ys)
     rule, inputs = sweep(solve, treedef)
     # A record that is too short matters where a gradient is taken, and nowhere else.
-    found, overflow = attach(rule, found, inputs, final.num_accepted_steps > length)
+    found, overflow = attach(rule, found, inputs, final.num_accepted_steps > length, _FIRST_ONLY)
     ys = eqx.combine(treedef.unflatten(found), rest)
     if throw:
         ys = eqx.error_if(ys, overflow, _too_long(length))

@@ -39,6 +39,11 @@ from ._freeze import freeze
 from ._lanes import Lanes, add, leaves_by_number, where, zeros
 from ._sweep import inexact
 
+_FIRST_ONLY = (
+    "ReversibleAdjoint has first derivatives in reverse mode, by jax.grad: for second derivatives or forward mode pass "
+    "adjoint=sdeflow.adjoints.DiscreteAdjoint()."
+)
+
 
 class ReversibleAdjoint(AbstractWalkAdjoint):
     """Undo the steps that were taken: exact gradients, with memory that does not grow with their number.
@@ -126,7 +131,7 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
             out = undo.spoiled(out, ~(defect <= self.max_defect))
             return [out[i] for i in chosen]
 
-        values, _ = attach(rule, values, inputs, jnp.asarray(False))
+        values, _ = attach(rule, values, inputs, jnp.asarray(False), _FIRST_ONLY)
         y, hats, saved, notes = values_def.unflatten(values)
         own = solver.own(terms) if isinstance(solver, Charging) else terms
         state = (hats, own.vf(rows.right[-1], hats, args)) if heun else hats

@@ -86,6 +86,36 @@ def _has_equal_steps(steps: Plan) -> bool:
     return np.allclose(h, h.mean(), rtol=1e-5, atol=0)
 
 
+class _AlongJumps(diffrax.AbstractStepSizeController):
+    """Steps with both of their ends, and whether the field may jump where they begin; diffrax has times alone."""
+
+    left: Any
+    right: Any
+    jump: Any
+
+    def wrap(self, direction: Any) -> "_AlongJumps":
+        return _AlongJumps(self.left * direction, self.right * direction, self.jump)  # pyright: ignore[reportCallIssue]
+
+    def init(
+        self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
+    ) -> tuple[Any, Any]:
+        return self.right[0], jnp.array(1)
+
+    def adapt_step_size(
+        self,
+        t0: Any,
+        t1: Any,
+        y0: Any,
+        y1_candidate: Any,
+        args: Any,
+        y_error: Any,
+        error_order: Any,
+        controller_state: Any,
+    ) -> tuple[Any, Any, Any, Any, Any, Any]:
+        i = controller_state
+        return True, self.left[i], self.right[i], self.jump[i], i + 1, diffrax.RESULTS.successful
+
+
 def delegate(
     terms: Any,
     solver: diffrax.AbstractSolver,
@@ -130,11 +160,16 @@ def delegate(
         controller, max_steps = diffrax.ConstantStepSize(), steps.grid.num_rows + 1
         dt0 = (ts[-1] - ts[0]) / steps.grid.num_rows
     else:
-        times = jnp.concatenate([steps.grid.left[:1], steps.grid.right])
+        grid: Any = steps.grid
+        times = jnp.concatenate([grid.left[:1], grid.right])
         if good is not None:
             line = jnp.linspace(ts[0], ts[-1], times.shape[0])
             times = jnp.where(good, times, line)
-        controller, dt0, max_steps = diffrax.StepTo(ts=times), None, steps.grid.num_rows
+        controller, dt0, max_steps = diffrax.StepTo(ts=times), None, grid.num_rows
+        if grid.jump is not None:
+            # diffrax goes on until it stands at the end, also where the last step ends just before a jump there.
+            left, right = jnp.append(grid.left, ts[-1]), grid.right.at[-1].set(ts[-1])
+            controller = _AlongJumps(left, right, grid.jump)  # pyright: ignore[reportCallIssue]
     if continuous or isinstance(adjoint, diffrax.ImplicitAdjoint):
         # Both see only what terms and args hold.
         terms = jtu.tree_map(lambda x: _holding(x, ts[0], y0, args) if is_term(x) else x, terms, is_leaf=is_term)

@@ -22,6 +22,7 @@ from ..adjoints import AbstractWalkAdjoint
 from ..equations import AbstractEquation
 from ..equations._terms import DriftTerm, check_raw_term
 from ..grids import Grid
+from ..grids._grid import cast
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
 from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
@@ -259,9 +260,7 @@ def _run(
 ) -> Solution:
     dtype = ts.dtype
     if steps is not None:
-        cast = lambda x: jnp.asarray(x, dtype)
-        grid = Grid(cast(steps.grid.left), cast(steps.grid.right), steps.grid.live, steps.grid.save, steps.grid.jump)
-        steps = steps._replace(grid=grid)
+        steps = steps._replace(grid=cast(steps.grid, dtype))
     good = times_are_good(ts, None if steps is None else steps.grid, forwards_only) if traced else None
     if ts.shape[0] == 1:
         return _stay(equation, y0, ts, args, regularisers, save_fn, controller is not None, good, choices)
