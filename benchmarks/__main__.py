@@ -30,6 +30,7 @@ from typing import Any
 PARTS = {
     "sde_throughput": "1-5: forward and gradient against the hand-written scan",
     "saving": "11: every step saved",
+    "adjoints": "6b, 7: memory and time of a gradient through ten thousand steps",
     "compile_time": "12: compile time, persistent cache, import",
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",
@@ -39,6 +40,7 @@ NUMBERS = {
     **dict.fromkeys("12345", "sde_throughput"),
     "11": "saving",
     **dict.fromkeys(("12a", "12b", "12c"), "compile_time"),
+    **dict.fromkeys(("6b", "7"), "adjoints"),
 }
 
 
