@@ -176,7 +176,7 @@ def test_every_path_has_the_derivatives_of_its_own_recursion(solver, adjoint, n)
 def test_in_single_precision_to_five_digits(solver, adjoint):
     found, w = _linear(solver, adjoint, 100, "float32")
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, _by_hand(solver, 100, w, (THETA, MEAN, S, X0)), rtol=1e-5)
+    np.testing.assert_allclose(found, _by_hand(solver, 100, w, (THETA, MEAN, S, X0)), rtol=1e-5, atol=1e-6)
 
 
 def test_the_recursions_are_the_powers_that_are_known():

@@ -335,11 +335,12 @@ def test_coupled_copies_cross_jumps_and_reversible_heun_says_that_it_cannot():
 
 OFF = np.array([0.03, 0.4, 0.41, 0.99])
 KNOTS = np.array([0.0, 0.1, 0.15, 0.6, 1.0])
+# Made when they are needed, in the precision that is then in force.
 SAVES = {
-    "end": dfx.SaveAt(t1=True),
-    "times": dfx.SaveAt(t0=True, ts=OFF, fn=lambda t, y, args: args * y**2 + t),
-    "steps": dfx.SaveAt(t0=True, t1=True, steps=True),
-    "thirds": dfx.SaveAt(t1=True, steps=3, fn=lambda t, y, args: {"z": jnp.sin(y) * args}),
+    "end": lambda: dfx.SaveAt(t1=True),
+    "times": lambda: dfx.SaveAt(t0=True, ts=OFF, fn=lambda t, y, args: args * y**2 + t),
+    "steps": lambda: dfx.SaveAt(t0=True, t1=True, steps=True),
+    "thirds": lambda: dfx.SaveAt(t1=True, steps=3, fn=lambda t, y, args: {"z": jnp.sin(y) * args}),
 }
 
 
@@ -357,7 +358,7 @@ def _diffeqsolve(adjoint, solver, path, save, stepping):
         p, y0, args = start
         terms = _equation(p, "none").terms() if path == "none" else _equation(p, "diagonal").terms(_path(path))
         sol = dfx.diffeqsolve(
-            terms, SOLVERS[solver], 0.0, 1.0, dt0, y0, args, saveat=SAVES[save], stepsize_controller=controller,
+            terms, SOLVERS[solver], 0.0, 1.0, dt0, y0, args, saveat=SAVES[save](), stepsize_controller=controller,
             adjoint=adjoint, max_steps=64,
         )  # fmt: skip
         return _weighted(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), sol.ys)), sol.ys
@@ -431,7 +432,7 @@ def test_adaptive_steps_are_undone_too(solver, engine, noise):
     value, grads, steps, _ = _adaptive(OURS, solver, engine, noise)
     value_d, grads_d, steps_d, _ = _adaptive(other, solver, engine, noise)
     assert steps == steps_d
-    assert steps > 4
+    assert steps > 2
     np.testing.assert_allclose(value, value_d, rtol=1e-12)
     assert _apart(grads, grads_d) < (1e-12 if engine == "solve" else 1e-10)
 
@@ -450,7 +451,7 @@ def test_a_record_that_is_too_short_is_a_failure_and_no_gradient():
 
 
 def _stiff(adjoint, rate, solver="ReversibleHeun", n=100, dtype="float64", y0=1.0):
-    """A fast decay with a slow nonlinear part, far outside of what either solver is stable for."""
+    """A fast decay or growth with a slow nonlinear part, whose slope a wrong state would have wrong."""
 
     def loss(theta, y0):
         ode = sf.ODE(lambda t, y, args: -rate * y + jnp.sin(theta * y) + theta)
@@ -462,24 +463,33 @@ def _stiff(adjoint, rate, solver="ReversibleHeun", n=100, dtype="float64", y0=1.
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*start)
 
 
+# A fast decay, for which neither solver is stable, and growth, beside whose end a wrong start would look small.
+_HARD = [
+    (s, rate, d, y0)
+    for s in ("ReversibleHeun", "Heun")
+    for d, rates in (("float32", (60.0, 150.0, -5.0, -10.0, -20.0)), ("float64", (60.0, 300.0, -14.0, -20.0, -45.0)))
+    for rate in rates
+    for y0 in (1.0, 0.0)
+]
+_SOME = [("ReversibleHeun", -10.0, "float32", 1.0)]
+
+
 @pytest.mark.parametrize(
-    ("solver", "rate", "dtype", "y0"),
-    [("ReversibleHeun", 150.0, "float32", 1.0),
-     *(pytest.param(s, r, d, y0, marks=pytest.mark.slow) for s in ("ReversibleHeun", "Heun") for r in (60.0, 150.0, 300.0)
-       for d in ("float64", "float32") for y0 in (1.0, 0.0) if (s, r, d, y0) != ("ReversibleHeun", 150.0, "float32", 1.0))],
-)  # fmt: skip
+    ("solver", "rate", "dtype", "y0"), [pytest.param(*c, marks=[] if c in _SOME else pytest.mark.slow) for c in _HARD]
+)
 def test_steps_that_cannot_be_undone_give_nan_and_never_a_wrong_number(solver, rate, dtype, y0):
     (_, defect), grads = _stiff(OURS, rate, solver, dtype=dtype, y0=y0)
     _, stored = _stiff(STORED, rate, solver, dtype=dtype, y0=y0)
     print(
         f"{solver}, rate {rate:g}, {dtype}: defect {float(defect):.1e}, {[float(x) for x in grads]}, {[float(x) for x in stored]}"
     )
+    kept = bool(defect <= OURS.max_defect)
+    assert kept == (rate in (-5.0, -14.0))
     for mine, wanted in zip(grads, stored):
-        if np.isfinite(mine):
-            np.testing.assert_allclose(mine, wanted, rtol=2e-2)
-            assert defect <= OURS.max_defect
+        if kept:
+            np.testing.assert_allclose(mine, wanted, rtol=1e-2)
         else:
-            assert not defect <= OURS.max_defect
+            assert np.isnan(mine)
 
 
 def test_the_largest_defect_is_the_one_that_is_allowed():
@@ -609,6 +619,6 @@ def test_memory_does_not_grow_with_the_number_of_steps(solver):
     print(
         f"{solver}: {few} bytes for 100 steps, {many} for 10 000: {(many - 17 * 10_000) / state:.1f} states and the grid"
     )
-    assert abs((many - 17 * 10_000) - (few - 17 * 100)) <= 1024
+    assert many - few <= 17 * (10_000 - 100) + 1024
     if solver == "ReversibleHeun":
         assert many <= 30 * state + 17 * 10_000

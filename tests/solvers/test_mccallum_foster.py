@@ -38,11 +38,16 @@ def test_a_step_is_the_one_of_the_formula_and_its_inverse_undoes_it():
     np.testing.assert_allclose((z0, (float(y1) - (1 - c) * z0 - midpoint(0.3, z0, h)) / c), (z, y), rtol=1e-13)
 
 
+def _field(t, y, args):
+    return jnp.stack([y[1] * jnp.cos(3 * t), jnp.sin(2 * y[0]) - y[1]])
+
+
 @functools.cache
 def _finals(solver):
-    """The solution of y' = cos(t) y at time 1, as a function of the step."""
-    term = dfx.ODETerm(lambda t, y, args: jnp.cos(3 * t) * y)
-    run = lambda dt0: dfx.diffeqsolve(term, solver, 0.0, 1.0, dt0, jnp.array(1.0), max_steps=300).ys[0]
+    """The solution at time 1, as a function of the step."""
+    run = lambda dt0: dfx.diffeqsolve(
+        dfx.ODETerm(_field), solver, 0.0, 1.0, dt0, jnp.array([1.0, 0.4]), max_steps=512
+    ).ys[0]  # fmt: skip
     return jax.jit(run)
 
 
@@ -53,9 +58,9 @@ def _finals(solver):
     ids=lambda x: type(x).__name__ if isinstance(x, dfx.AbstractSolver) else None,
 )  # fmt: skip
 def test_the_order_for_ordinary_equations_is_that_of_the_solver(solver, order):
-    exact = np.exp(np.sin(3.0) / 3)
+    exact = np.asarray(_finals(dfx.Dopri5())(1 / 500))
     counts = np.array([16, 24, 32, 48, 64]) if order > 3 else np.array([32, 48, 64, 128, 256])
-    errors = [abs(float(_finals(COUPLED(solver))(1.0 / n)) - exact) for n in counts]
+    errors = [np.linalg.norm(np.asarray(_finals(COUPLED(solver))(1.0 / n)) - exact) for n in counts]
     found = slope(1 / counts, errors)
     print(f"{type(solver).__name__}: {found:.2f}")
     assert abs(found - order) < 0.35
@@ -69,6 +74,12 @@ def _bent():
 _STRONG = {
     "Heun": (PROBLEMS["gbm_stratonovich"].equation, dfx.Heun(), 1.0, {"exact": PROBLEMS["gbm"].exact}),
     "EulerHeun": (PROBLEMS["gbm_stratonovich"].equation, dfx.EulerHeun(), 1.0, {"exact": PROBLEMS["gbm"].exact}),
+    "DiagonalMilstein": (
+        PROBLEMS["gbm"].equation,
+        sf.solvers.DiagonalMilstein(),
+        1.0,
+        {"exact": PROBLEMS["gbm"].exact},
+    ),
     "Euler": (_bent, dfx.Euler(), 1.0, {"reference": dfx.ShARK(), "levy_area": dfx.SpaceTimeLevyArea}),
     "ShARK": (_bent, dfx.ShARK(), 1.5, {"reference": dfx.ShARK(), "levy_area": dfx.SpaceTimeLevyArea}),
     "SPaRK": (_bent, dfx.SPaRK(), 1.5, {"reference": dfx.ShARK(), "levy_area": dfx.SpaceTimeLevyArea}),
@@ -85,7 +96,7 @@ def test_the_strong_order_is_that_of_the_solver(name, record_property):
     )
     record_property("order", found)
     print(f"{name}: {found:.3f}")
-    assert abs(found - order) < 0.2, found
+    assert -0.2 < found - order < 0.3, found
 
 
 # ---- As a solver of diffrax. ----
@@ -163,7 +174,7 @@ def test_every_adjoint_gives_one_value_and_one_gradient(adjoint, noise):
         assert 1e-7 < np.abs(ys[-1] - plain).max() < 1e-2
     grads, (ys, *_) = _call(_ADJOINTS[adjoint], COUPLED(getattr(dfx, solver)()), path())
     wanted, (ys_d, *_) = _by_default(noise)
-    np.testing.assert_allclose(ys, ys_d, rtol=1e-12)
+    np.testing.assert_allclose(ys, ys_d, rtol=1e-12, atol=1e-14)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(a, b, rtol=1e-11)
 
@@ -247,8 +258,16 @@ def test_something_that_is_no_solver_is_refused():
 
 
 @pytest.mark.parametrize("interpretation", ["ito", "stratonovich"])
-def test_an_ito_method_is_refused_for_noise_that_depends_on_the_state(interpretation):
+def test_euler_is_refused_for_noise_that_depends_on_the_state(interpretation):
     # Backwards in time it tends to another process: the two copies would drift apart.
     sde = sf.SDE(lambda t, y, args: -y, lambda t, y, args: 0.5 * y, interpretation=interpretation)
-    with pytest.raises(ValueError, match="Ito solution|equation is Ito"):
+    with pytest.raises(ValueError, match="converge to no solution") as raised:
         sf.solve(sde, jnp.ones(2), ENDS, dt0=0.5, solver=COUPLED(dfx.Euler()), key=jax.random.key(0))
+    assert "McCallumFoster(diffrax.Heun())" in str(raised.value)
+
+
+@pytest.mark.parametrize(("solver", "meant"), [(dfx.Heun(), "ito"), (sf.solvers.DiagonalMilstein(), "stratonovich")])
+def test_a_solver_of_the_other_calculus_is_refused(solver, meant):
+    sde = sf.SDE(lambda t, y, args: -y, lambda t, y, args: 0.5 * y, interpretation=meant)
+    with pytest.raises(ValueError, match="solution, but the equation is"):
+        sf.solve(sde, jnp.ones(2), ENDS, dt0=0.5, solver=COUPLED(solver), key=jax.random.key(0))
