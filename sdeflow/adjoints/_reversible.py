@@ -38,7 +38,6 @@ from ._freeze import freeze
 from ._lanes import Lanes, add, leaves_by_number, where, zeros
 from ._sweep import inexact
 
-
 _FIRST_ONLY = (
     "ReversibleAdjoint has first derivatives in reverse mode, by jax.grad: for second derivatives or forward mode pass "
     "adjoint=sdeflow.adjoints.DiscreteAdjoint()."

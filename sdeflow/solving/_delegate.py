@@ -1,5 +1,6 @@
 """What the walk does not do itself goes to ``diffrax.diffeqsolve``: adaptive steps, events, diffrax's own adjoints."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._compat import is_term
+from .._compat import SaveState, is_term, unwrap
 from .._results import RESULTS, is_okay, promote
+from ..adjoints import AbstractWalkAdjoint
 from ..equations._terms import DiffusionTerm, DriftTerm
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
@@ -134,7 +136,8 @@ def delegate(
     ends_only = ts.shape[0] == 2 and event is None
     if steps is None:
         # Requested times are stepped to, so that what is returned are states of the solver.
-        controller = GuardedController(controller)  # pyright: ignore
+        first = None if dt0 is None else jnp.asarray(dt0, ts.dtype)
+        controller, dt0 = GuardedController(controller, first), None  # pyright: ignore
         if not ends_only:
             controller = diffrax.ClipStepSizeController(controller, step_ts=ts)
     elif continuous:
@@ -159,7 +162,7 @@ def delegate(
         # They look for the loop over stages of the solver within, in the wrong place.
         solver = StandIn(prepare_solver(solver))  # pyright: ignore
 
-    def run(saveat: diffrax.SaveAt) -> diffrax.Solution:
+    def run(saveat: diffrax.SaveAt, adjoint: diffrax.AbstractAdjoint = adjoint) -> diffrax.Solution:
         return diffrax.diffeqsolve(
             terms,
             solver,
@@ -176,6 +179,8 @@ def delegate(
             throw=False,
         )
 
+    if isinstance(adjoint, AbstractWalkAdjoint) and not ends_only:
+        run = functools.partial(_run_saving, run, adjoint)
     save = _save_continuous if continuous else _save_end if isinstance(adjoint, diffrax.ImplicitAdjoint) else _save
     sol, ys, final = save(run, ts, y0, args, save_fn, ends_only)
     accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
@@ -189,6 +194,39 @@ def delegate(
 
 
 Run = Callable[[diffrax.SaveAt], Any]
+
+
+class _SavingAt(diffrax.AbstractAdjoint):
+    """An adjoint whose loop saves at times of which ``diffeqsolve`` does not know.
+
+    diffrax checks requested times at run time, by a call back to the host, and no program that holds one is kept by
+    JAX's persistent cache. Here they are known to be in order.
+    """
+
+    adjoint: AbstractWalkAdjoint
+    saveat: diffrax.SaveAt
+
+    def loop(self, **kwargs: Any) -> Any:
+        direction, state, dtype = unwrap(kwargs["terms"])[1], kwargs["init_state"], kwargs["t0"].dtype
+
+        def turned(sub: diffrax.SubSaveAt) -> diffrax.SubSaveAt:
+            fn = lambda t, y, args: sub.fn(t * direction, y, args)
+            ts = None if sub.ts is None else sub.ts * direction
+            return diffrax.SubSaveAt(ts=ts, t1=sub.t1, fn=fn)
+
+        def allocated(sub: diffrax.SubSaveAt) -> SaveState:
+            n = sub.t1 + (0 if sub.ts is None else sub.ts.shape[0])
+            shape = eqx.filter_eval_shape(sub.fn, kwargs["t0"], state.y, kwargs["args"])
+            ys = jtu.tree_map(lambda x: jnp.full((n, *x.shape), jnp.inf, x.dtype), shape)
+            return SaveState(ts=jnp.full(n, jnp.inf, dtype), ys=ys, save_index=0, saveat_ts_index=0)
+
+        subs = tuple(turned(sub) for sub in self.saveat.subs)
+        state = eqx.tree_at(lambda s: s.save_state, state, tuple(allocated(sub) for sub in subs))
+        return self.adjoint.loop(**{**kwargs, "saveat": diffrax.SaveAt(subs=subs), "init_state": state})
+
+
+def _run_saving(run: Any, adjoint: AbstractWalkAdjoint, saveat: diffrax.SaveAt) -> diffrax.Solution:
+    return run(diffrax.SaveAt(t1=True), _SavingAt(adjoint, saveat))  # pyright: ignore[reportCallIssue]
 
 
 def _save(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bool) -> tuple[Any, Any, Any]:

@@ -25,6 +25,7 @@ from ..grids._build import host_times
 from ..grids._grid import cast
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
+from ..paths._tree import quiet_tree
 from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
 from ..walking import asks_within, make_rows
 from ._check_path import check_path
@@ -160,6 +161,8 @@ def solve(
             raise ValueError(
                 "An adaptive stepsize_controller chooses its own steps: drop grid= or steps_per_interval=."
             )
+        if dt0 is not None and is_concrete(dt0, ts) and float(dt0) * float(ts[1] - ts[0]) <= 0:
+            raise ValueError(f"dt0 must be of the sign of ts[1]-ts[0]={float(ts[1] - ts[0]):g}, got {float(dt0):g}.")
     else:
         steps = plan(ts, dt0, grid, steps_per_interval, path, dtype)
         if raw:
@@ -220,7 +223,7 @@ def _run(
     if key is not None and path is None and not _is_terms(equation) and equation.is_stochastic:
         structure = _noise_structure(equation, ts[0], y0, args)
         if storage is None:
-            path = diffrax.VirtualBrownianTree(
+            path = quiet_tree(
                 jnp.minimum(ts[0], ts[-1]), jnp.maximum(ts[0], ts[-1]), _tree_tolerance(ts, dt0, steps), structure, key,
                 levy_area_for(solver),
             )  # fmt: skip

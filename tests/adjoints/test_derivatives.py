@@ -159,7 +159,9 @@ def test_derivatives_of_every_order_through_solve(name, mode):
 def test_derivatives_of_every_order_through_diffeqsolve(name, mode):
     final = _inside(name)
     got = jax.jit(MODES[mode](final))(jnp.array(AT))
-    np.testing.assert_allclose(got, _wanted(name, ORDERS.get(mode, 2), final), rtol=1e-9 if name in DIFFERENCES else 1e-12)
+    np.testing.assert_allclose(
+        got, _wanted(name, ORDERS.get(mode, 2), final), rtol=1e-9 if name in DIFFERENCES else 1e-12
+    )
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,9 @@ def _told(right_continuous, backwards, adjoint, dtype):
     ts, dt0 = ([1.0, 0.0], -1 / 80) if backwards else ([0.0, 1.0], 1 / 80)
     grid = sf.grids.through(ts, dt0, jumps=[0.5])
     with jax.enable_x64(dtype == "float64"):
-        final = lambda rate: sf.solve(
-            ode, jnp.array(1.0, dtype), ts, args=rate, grid=grid, solver=dfx.Tsit5(), adjoint=adjoint
-        ).final
+        final = lambda rate: (
+            sf.solve(ode, jnp.array(1.0, dtype), ts, args=rate, grid=grid, solver=dfx.Tsit5(), adjoint=adjoint).final
+        )
         return jax.jit(jax.value_and_grad(final))(jnp.array(20.0, dtype))
 
 
