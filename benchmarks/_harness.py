@@ -80,7 +80,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table. ``target`` bounds the medians of the columns named in ``judged`` from above."""
+    """One line of a table. ``target`` bounds the columns named in ``judged`` from above, by their medians."""
 
     method: str
     wall: Spread | None = None
@@ -94,6 +94,11 @@ class Row:
     target: float | None = None
     judged: tuple[str, ...] = ("wall", "cpu")
 
+    def figure(self, column: str) -> float | None:
+        """What is judged of a column: the median where there is a spread."""
+        value = getattr(self, column)
+        return value.median if isinstance(value, Spread) else value
+
     @property
     def verdict(self) -> str:
         """PASS or MISS per judged column; empty without a target. A row that could not be measured misses."""
@@ -101,8 +106,8 @@ class Row:
             return ""
         words = []
         for column in self.judged:
-            spread = getattr(self, column)
-            met = spread is not None and spread.median <= self.target
+            figure = self.figure(column)
+            met = figure is not None and figure <= self.target
             words.append(f"{column} {'PASS' if met else 'MISS'}")
         return ", ".join(words)
 
@@ -309,9 +314,7 @@ def summary(claims: Sequence[Claim]) -> str:
         for r in claim.rows:
             if r.target is not None:
                 medians = ", ".join(
-                    f"{column} {_short(getattr(r, column).median)}"
-                    for column in r.judged
-                    if getattr(r, column) is not None
+                    f"{column} {_short(figure)}" for column in r.judged if (figure := r.figure(column)) is not None
                 )
                 what = f"[{claim.number}] {claim.title}"
                 what += "" if r.method == "sdeflow" else f": {r.method}"

@@ -207,7 +207,12 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
     final, record = run(freeze(state))
 
     # What the user's functions close over must be seen by the reverse rule, so it is made an input of it.
-    solver_state = None if forgets else state.solver_state
+    solver_state = None
+    if not forgets:
+        # The start of the solver as a function of the solution there, through which derivatives go too.
+        bare, direction = unwrap(terms)
+        ends = (kwargs["t0"] * direction, state.tnext * direction)
+        solver_state = adopt_state(inner, state.solver_state, bare, *ends, state.y, args, fresh=True)
     example = (state.y, solver_state, state.tprev, state.tnext, jnp.asarray(False))
     saves = _saves(final)
     solve = Solve(

@@ -30,6 +30,7 @@ from jaxtyping import PyTree
 
 from ..paths._increments import backwards
 from ..solvers import McCallumFoster
+from ..solvers._charging import Charging
 from ..walking import Carry, Rows, first_carry, prepare_solver, walk
 from ._adaptive import can_record, replaying_loop
 from ._attach import Flags, attach
@@ -108,14 +109,15 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
         final, emitted = freeze(eqx.filter_closure_convert(ahead, begin))(freeze(begin))
         problem = _problem(solver, terms, args, rows, begin, final, None if every is None else emit)
         saved, rest = eqx.partition(emitted, eqx.is_inexact_array)
-        hats = final.solver_state[0] if isinstance(solver, diffrax.ReversibleHeun) else final.solver_state
-        values, values_def = jtu.tree_flatten((final.y, hats, saved))
+        notes = final.y[1] if isinstance(solver, Charging) else None
+        values, values_def = jtu.tree_flatten((*problem.final, saved, notes))
 
         arrays, static = eqx.partition(problem, eqx.is_array)
         inputs, treedef = jtu.tree_flatten(arrays)
         places = treedef.unflatten(range(len(inputs)))
         build = lambda inputs: eqx.combine(treedef.unflatten(inputs), static)
-        kind = _UndoHeun if isinstance(solver, diffrax.ReversibleHeun) else _UndoCoupled
+        heun = isinstance(_inside(solver), diffrax.ReversibleHeun)
+        kind = _UndoHeun if heun else _UndoCoupled
 
         def rule(inputs: list[Any], cts: list[Any], wanted: Flags, batched: Flags | None) -> list[Any]:
             chosen = [i for i, w in enumerate(wanted) if w]
@@ -130,12 +132,12 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
             return [out[i] for i in chosen]
 
         values, _ = attach(rule, values, inputs, jnp.asarray(False), _FIRST_ONLY)
-        y, hats, saved = values_def.unflatten(values)
-        state = hats
-        if isinstance(solver, diffrax.ReversibleHeun):
-            state = (hats, terms.vf(rows.right[-1], hats, args))
+        y, hats, saved, notes = values_def.unflatten(values)
+        own = solver.own(terms) if isinstance(solver, Charging) else terms
+        state = (hats, own.vf(rows.right[-1], hats, args)) if heun else hats
         measure = kind(build, places, freeze(inputs), None, [], every)
         _, defect = measure.run(*zeros(values_def.unflatten(values)))
+        y = (y, notes) if isinstance(solver, Charging) else y
         return Carry(y, state, start.result), eqx.combine(saved, rest), {"defect": defect}
 
     def loop(self, **kwargs: Any) -> Any:
@@ -152,6 +154,7 @@ def check_reversible(solver: Any, jumps: bool) -> None:
     Raises:
         ValueError: naming the solver and what can be used.
     """
+    solver = _inside(solver)
     name = type(solver).__name__
     if isinstance(solver, diffrax.ReversibleHeun):
         if jumps:
@@ -167,6 +170,10 @@ def check_reversible(solver: Any, jumps: bool) -> None:
         )
 
 
+def _inside(solver: Any) -> Any:
+    return solver.solver if isinstance(solver, Charging) else solver
+
+
 class _Problem(eqx.Module):
     """All that the reverse pass reads.
 
@@ -176,19 +183,23 @@ class _Problem(eqx.Module):
         half: for reversible Heun ``(v, next) -> <v, c> / 2``.
         fetch: ``(noise, left, right) -> increments`` of a row.
         save: ``(t, y_prev, y)``, what is kept of a row; None if nothing is.
+        charge: ``(y, z, here) -> notes``, what a row adds to the notes of a charging solver, from the state before it.
         coupling: c of coupled copies.
         rows: left, right, live and noise of all rows.
         start, final: the floating states at either end: (y, z), and for reversible Heun v at the start.
+        notes: those of a charging solver at the start.
     """
 
     step: Any
     half: Any
     fetch: Any
     save: Any
+    charge: Any
     coupling: Any
     rows: tuple[Any, Any, Any, Any]
     start: tuple[Any, ...]
     final: tuple[Any, ...]
+    notes: Any
 
 
 def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final: Carry, emit: Any) -> _Problem:
@@ -197,10 +208,17 @@ def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final
     times = (rows.left[0], rows.right[0])
     increments = eqx.filter_eval_shape(fetch, noise, *times)
     increments = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), increments)
+    y, last, half, coupling, notes, charge = begin.y, final.y, None, None, None, None
+    charging, all_terms, paired = solver, terms, lambda y: y
+    if isinstance(solver, Charging):
+        (y, notes), last = begin.y, final.y[0]
+        solver, terms = solver.solver, solver.own(terms)
+        nothing = freeze(zeros(notes))
+        paired = lambda y: (y, nothing)
+    heun = isinstance(solver, diffrax.ReversibleHeun)
     control = lambda left, right, noise: rows.source.install(terms, noise, left, right).contr(left, right)
-    y, half, coupling = begin.y, None, None
 
-    if isinstance(solver, diffrax.ReversibleHeun):
+    if heun:
 
         def halved(v: Any, left: Any, right: Any, noise: Any) -> Any:
             return jtu.tree_map(lambda x: x / 2, terms.prod(v, control(left, right, noise)))
@@ -216,7 +234,7 @@ def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final
         row = (*times, increments)
         half = eqx.filter_closure_convert(halved, v, *row)
         step = eqx.filter_closure_convert(step, y, z, row, row, jnp.asarray(True))
-        start, final_ = (y, z, v), (final.y, final.solver_state[0])
+        start, final_ = (y, z, v), (last, final.solver_state[0])
     else:
 
         def step(y: Any, t0: Any, t1: Any, noise: Any) -> Any:
@@ -224,15 +242,28 @@ def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final
 
         step = eqx.filter_closure_convert(step, y, *times, increments)
         coupling = jnp.asarray(solver.c, rows.left.dtype)
-        start, final_ = (y, begin.solver_state), (final.y, final.solver_state)
+        z = begin.solver_state
+        start, final_ = (y, z), (last, final.solver_state)
+
+    if charging is not solver:
+
+        def charge(y: Any, z: Any, left: Any, right: Any, noise: Any) -> Any:
+            here = rows.source.install(all_terms, noise, left, right)
+            state = (z, terms.vf(left, z, args)) if heun else z
+            return charging.step(here, left, right, paired(y), args, state, False)[0][1]
+
+        charge = eqx.filter_closure_convert(charge, y, z, *times, increments)
 
     save = None
     if emit is not None:
-        kept = lambda t, y0, y: inexact(emit(t, Carry(y, None, None), (None, {"y0": y0, "y1": y})))
+        dense = lambda y0, y: {"y0": y0, "y1": y}
+        if charging is not solver:
+            dense = lambda y0, y: {"dense": {"y0": y0, "y1": y}, "notes": paired(y)[1]}
+        kept = lambda t, y0, y: inexact(emit(t, Carry(paired(y), None, None), (None, dense(y0, y))))
         save = eqx.filter_closure_convert(kept, times[1], y, y)
     fetch = eqx.filter_closure_convert(fetch, noise, *times)
     all_rows = (rows.left, rows.right, rows.live, rows.noise)
-    return _Problem(step, half, fetch, save, coupling, all_rows, start, freeze(final_))
+    return _Problem(step, half, fetch, save, charge, coupling, all_rows, start, freeze(final_), notes)
 
 
 class _Undo(Lanes):
@@ -241,7 +272,7 @@ class _Undo(Lanes):
     def __init__(self, build: Any, places: Any, inputs: list[Any], batched: Any, chosen: list[int], every: int | None):
         super().__init__(build, inputs, batched)
         self.places, self.every = places, every
-        self.of_step = [i for i in chosen if i in set(jtu.tree_leaves((places.step, places.half)))]
+        self.of_step = [i for i in chosen if i in set(jtu.tree_leaves((places.step, places.half, places.charge)))]
         self.of_save = [i for i in chosen if i in set(jtu.tree_leaves(places.save))]
         self.problem = build(inputs)
 
@@ -257,8 +288,9 @@ class _Undo(Lanes):
         """The start as it was reconstructed, its cotangents, and what the inputs of the step gain."""
         raise NotImplementedError
 
-    def run(self, ct_y: Any, ct_z: Any, ct_saved: Any) -> tuple[dict[int, Any], Any]:
+    def run(self, ct_y: Any, ct_z: Any, ct_saved: Any, ct_notes: Any) -> tuple[dict[int, Any], Any]:
         """All cotangents that are wanted, and the defect."""
+        self.ct_notes = ct_notes
         rows = self._by_time(self.problem.rows, self.places.rows)
         length = jtu.tree_leaves(rows[0])[0].shape[0]
 
@@ -281,7 +313,8 @@ class _Undo(Lanes):
         (state, of_step, of_save), _ = jax.lax.scan(body, carry, (jnp.arange(length), rows), reverse=True)
         found, cts, more = self.leave(state)
         out = dict(zip(self.of_step, add(of_step, more))) | dict(zip(self.of_save, of_save))
-        for place, value in leaves_by_number(self.places.start, cts):
+        ends = leaves_by_number(self.places.start, cts) + leaves_by_number(self.places.notes, ct_notes)
+        for place, value in ends:
             out[place] = self.reduced(place, value)
         defect = self.over(lambda inputs, x: _defect(x, self.build(inputs)), self.inputs, found)
         return out, defect
@@ -314,6 +347,14 @@ class _Undo(Lanes):
             return pulled()
         return jax.lax.cond((i + 1) % self.every == 0, pulled, lambda: nothing)
 
+    def charged(self, y: Any, z: Any, row: Any, live: Any) -> tuple[list[Any], Any, Any]:
+        """Cotangents of the step's inputs and of the state (y, z) from what the row that starts there was charged."""
+        if self.problem.charge is None:
+            return [zeros(self.inputs[n]) for n in self.of_step], zeros(y), zeros(z)
+        charge = lambda problem, y, z, row: (problem.charge(y, z, *row), None)
+        _, pull, _ = self.vjp(charge, self.of_step, (y, z), (row,))
+        return pull(self.only(live, self.ct_notes))
+
     def only(self, live: Any, tree: Any) -> Any:
         """Cotangents of a row: none where it is padding."""
         return tree if live is None else where(live, tree, zeros(tree))
@@ -342,7 +383,10 @@ class _UndoHeun(_Undo):
         _, pull, (before, beyond) = self.vjp(step, self.of_step, (zeros(u), z), (here, after, more))
         y = jtu.tree_map(jnp.subtract, u, beyond)
         of_save, ct_before, ct_y = saved(y)
-        held, new_u, new_z = pull(self.only(live, (add(ct_y, pending), ct_u, ct_z)))
+        charged = more if live is None else more & live
+        of_charge, of_y, of_z = self.charged(y, z, after, charged)
+        held, new_u, new_z = pull(self.only(live, (add(add(ct_y, pending), of_y), ct_u, ct_z)))
+        held, new_z = add(held, of_charge), add(new_z, of_z)
         u1 = jtu.tree_map(jnp.subtract, y, before)
         z1 = jtu.tree_map(lambda u, z: 2 * u - z, u1, z)
         new = (u1, z1, here, jnp.ones_like(more)), (new_u, new_z, ct_before)
@@ -363,8 +407,9 @@ class _UndoHeun(_Undo):
         start = self._for_all(self.problem.start, self.places.start)
         _, pull, half = self.vjp(first, self.of_step, start, (after, more))
         held, ct_y, ct_hat, ct_v = pull((ct_u, ct_z))
+        of_charge, of_y, of_z = self.charged(*start[:2], after, more)
         found = (jtu.tree_map(jnp.subtract, u, half), z)
-        return found, (add(ct_y, pending), ct_hat, ct_v), held
+        return found, (add(add(ct_y, pending), of_y), add(ct_hat, of_z), ct_v), add(held, of_charge)
 
 
 class _UndoCoupled(_Undo):
@@ -390,10 +435,12 @@ class _UndoCoupled(_Undo):
         held_too, more = pull(self.only(live, total))
         y = jtu.tree_map(lambda y1, z, psi: times(1 / c, y1 - times(1 - c, z) - psi), y1, z, psi)
         new_z = jtu.tree_map(lambda a, b, more: a + times(1 - c, b) + more, ct_z, total, more)
-        new = (y, z), (jtu.tree_map(lambda x: times(c, x), total), new_z, ct_before)
+        of_charge, of_y, of_z = self.charged(y, z, here, live)
+        new_y = jtu.tree_map(lambda x, more: times(c, x) + more, total, of_y)
+        new = (y, z), (new_y, add(new_z, of_z), ct_before)
         if live is not None:
             new = where(live, new, ((y1, z1), (add(ct_y, add(ct_before, ct_after)), ct_z, pending)))
-        return new, add(held, held_too), of_save
+        return new, add(add(held, held_too), of_charge), of_save
 
     def leave(self, carry: Any) -> tuple[Any, Any, list[Any]]:
         (y, z), (ct_y, ct_z, pending) = carry

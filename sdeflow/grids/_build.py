@@ -58,6 +58,22 @@ def check_count(value: Any, name: str) -> int:
     return int(value)
 
 
+def check_dt0(dt0: Any, gap: float | None = None) -> float:
+    """A finite step length that is not zero, and of the sign of ``gap`` if that is given.
+
+    Raises:
+        ValueError: for any other number.
+        TypeError: if it is not a number.
+    """
+    if np.ndim(dt0) != 0 or isinstance(dt0, str | bool) or np.asarray(dt0).dtype.kind not in "iuf":
+        raise TypeError(f"dt0 must be a number, the length of a step, got {dt0!r}.")
+    dt0 = float(dt0)
+    if not np.isfinite(dt0) or dt0 == 0 or (gap is not None and dt0 * gap <= 0):
+        sign = "" if gap is None else f" and of the sign of ts[1]-ts[0]={gap:g}"
+        raise ValueError(f"dt0 must be finite, not zero{sign}, got {dt0}.")
+    return dt0
+
+
 def _within(jumps: Any, times: np.ndarray, precision: Any) -> np.ndarray:
     """The jumps as float64, each once and in the order of the times; those beside a requested time lie on it.
 
@@ -111,6 +127,7 @@ def through(
         ValueError: for times that are traced or not strictly monotone, a ``dt0`` that is zero, not finite or of the
             wrong sign, a ``num_steps`` below the steps needed, ``jumps`` outside of the times, or steps below the
             resolution of the times.
+        TypeError: for a ``dt0`` that is not a number.
 
     Example:
         >>> import sdeflow as sf
@@ -134,9 +151,7 @@ def through(
     else:
         if not is_concrete(dt0):
             raise ValueError("dt0 is traced, so it cannot choose a static number of steps: pass grid= instead.")
-        dt0 = float(dt0)
-        if not np.isfinite(dt0) or dt0 * gaps[0] <= 0:
-            raise ValueError(f"dt0 must be finite, not zero and of the sign of ts[1]-ts[0]={gaps[0]:g}, got {dt0}.")
+        dt0 = check_dt0(dt0, gaps[0])
         # Times that were rounded to their own precision must not cost an extra step.
         slack = 8 * np.finfo(precision).eps * np.abs(times).max() / abs(dt0) + 1e-12
         counts = np.maximum(1, np.ceil(gaps / dt0 - slack)).astype(np.int64)

@@ -30,14 +30,26 @@ def check_resolution(left: np.ndarray, right: np.ndarray, dtype: Any) -> None:
     Raises:
         ValueError: if a step is shorter than 8 units in the last place of the largest time.
     """
-    if left.size == 0:
-        return
-    largest = max(np.abs(left).max(), np.abs(right).max())
-    shortest = np.abs(right - left).min()
+    if left.size:
+        largest = max(np.abs(left).max(), np.abs(right).max())
+        check_step(np.abs(right - left).min(), largest, dtype, "shortest step of the grid")
+
+
+def check_step(shortest: float, largest: float, dtype: Any, what: str) -> None:
+    """Refuse a step that the dtype cannot tell apart from rounding.
+
+    Arguments:
+        shortest: the length of the step.
+        largest: the largest time.
+        what: what the step is called in the error.
+
+    Raises:
+        ValueError: if it is shorter than 8 units in the last place of the largest time.
+    """
     limit = ULPS * np.spacing(np.asarray(largest, dtype=dtype))
     if shortest < limit:
         raise ValueError(
-            f"The shortest step of the grid is {shortest:.3g}, below {ULPS} units in the last place of the largest "
+            f"The {what} is {shortest:.3g}, below {ULPS} units in the last place of the largest "
             f"time {largest:.6g} in {np.dtype(dtype).name} ({float(limit):.3g}): shift and scale the times to O(1), "
             "or switch on 64-bit floats."
         )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._compat import unwrap
-from ..adjoints import DiscreteAdjoint
+from ..adjoints import DiscreteAdjoint, ReversibleAdjoint
 from ..adjoints._freeze import freeze
 from ..solvers._charging import Charging, beside
 from ..walking import prepare_solver, take_step
@@ -94,33 +94,36 @@ def charged(
     if integrals:
         terms, y0 = alongside(integrals, setting.terms, setting.y0, args, key, setting.solver)
         setting, depth = setting._replace(terms=terms, y0=y0), 1
-    watching = isinstance(setting.adjoint, _CARRIES_NOTES)
-    if readers and not watching:
-        _only_local(readers, setting.adjoint)
-        watched = _watching(readers, bare._replace(adjoint=DiscreteAdjoint()), ts, args, key, 0)
-        _, notes = freeze(eqx.filter_closure_convert(lambda: go(_stripping(watched, 1)).final))()
-    elif readers:
-        setting, depth = _watching(readers, setting, ts, args, key, depth), depth + 1
+    seen, apart = _split(readers, setting.adjoint)
+    if apart:
+        watched = _watching(apart, bare._replace(adjoint=DiscreteAdjoint()), ts, args, key, 0)
+        _, found = freeze(eqx.filter_closure_convert(lambda: go(_stripping(watched, 1)).final))()
+    if seen:
+        setting, depth = _watching(seen, setting, ts, args, key, depth), depth + 1
     out = go(_stripping(setting, depth))
     final = out.final
-    if readers and watching:
+    penalties = _read(apart, found, bare, ts, args) if apart else {}
+    if seen:
         final, notes = final
-    penalties = {}
+        penalties |= _read(seen, notes, bare, ts, args)
     if integrals:
         final, values = final
         penalties |= {type(r).__name__: x for r, x in zip(integrals, values)}
-    if readers:
-        penalties |= _read(readers, notes, bare, ts, args)
     return out._replace(final=final), {type(r).__name__: penalties[type(r).__name__] for r in regularisers}
 
 
-def _only_local(readers: Sequence[Any], adjoint: Any) -> None:
-    for r in readers:
-        if isinstance(r, _Global):
-            raise ValueError(  # noqa: TRY004
-                f"{type(adjoint).__name__} does not differentiate the steps, so {type(r).__name__} cannot charge for "
-                f"them: use adjoint=sf.adjoints.DiscreteAdjoint(), or sf.regularisers.Local{type(r).__name__[6:]}()."
-            )
+def _split(readers: Sequence[Any], adjoint: Any) -> tuple[list[Any], list[Any]]:
+    """Which readers watch the solve, and which a second one."""
+    if isinstance(adjoint, _CARRIES_NOTES):
+        return list(readers), []
+    sums = [r for r in readers if isinstance(r, _Global)]
+    if sums and not isinstance(adjoint, ReversibleAdjoint):
+        name = type(sums[0]).__name__
+        raise ValueError(
+            f"{type(adjoint).__name__} does not differentiate the steps, so {name} cannot charge for them: use "
+            f"adjoint=sf.adjoints.DiscreteAdjoint(), or sf.regularisers.Local{name[6:]}()."
+        )
+    return sums, [r for r in readers if not isinstance(r, _Global)]
 
 
 def _stripped(tree: Any, depth: int) -> Any:

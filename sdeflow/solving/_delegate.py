@@ -1,7 +1,9 @@
 """What the walk does not do itself goes to ``diffrax.diffeqsolve``: adaptive steps, events, diffrax's own adjoints."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffrax
@@ -23,6 +25,7 @@ from ._choose import evaluations, resolve_tolerances
 from ._guard import GuardedController
 from ._plan import Plan
 from ._solution import all_finite
+from ._traced_times import any_times
 
 # Solvers that diffrax's continuous adjoint can run backwards with noise: all others fail there, in various ways.
 _BACKSOLVABLE = (diffrax.Heun, diffrax.Midpoint, diffrax.Ralston, diffrax.ReversibleHeun)
@@ -35,6 +38,7 @@ def check_adjoint(
     steps: Plan | None,
     *,
     stochastic: bool,
+    unsafe: bool,
     split: bool,
     event: Any,
     save_fn: Any,
@@ -43,6 +47,7 @@ def check_adjoint(
 
     Arguments:
         steps: the fixed steps, if they are fixed.
+        unsafe: whether the noise is one of diffrax's unsafe paths.
         split: whether the terms are a tuple, for a solver that splits them.
 
     Raises:
@@ -56,6 +61,11 @@ def check_adjoint(
             )
         if stochastic:
             raise ValueError(f"ImplicitAdjoint differentiates a steady state, and noise has none: {cure}")
+    if unsafe and isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.RecursiveCheckpointAdjoint):
+        raise ValueError(
+            f"{type(adjoint).__name__} needs noise that can be asked again, which an UnsafeBrownianPath cannot: pass "
+            f"key= or path=diffrax.VirtualBrownianTree(...), or {cure}"
+        )
     if not isinstance(adjoint, diffrax.BacksolveAdjoint):
         return
     if event is not None or split:
@@ -122,11 +132,16 @@ def delegate(
     event: diffrax.Event | None,
     max_steps: int | None,
     save_fn: Any,
+    good: Any,
 ) -> tuple[Any, Any, dict[str, Any], Any]:
     """Solve with diffrax.
 
     Arguments:
         steps: the fixed steps, if they are fixed.
+        good: whether the times are, where they are traced; None where that is known.
+
+    Raises:
+        ValueError: if the steps adapt and the solver does not estimate its error.
 
     Returns:
         ys, the last state, statistics and the result.
@@ -134,6 +149,9 @@ def delegate(
     continuous = isinstance(adjoint, diffrax.BacksolveAdjoint)
     # Both ends need no search for requested times within the loop.
     ends_only = ts.shape[0] == 2 and event is None
+    if good is not None:
+        ts = jnp.where(good, ts, any_times(ts))
+        dt0 = None if dt0 is None else jnp.where(good, dt0, jnp.abs(dt0))
     if steps is None:
         # Requested times are stepped to, so that what is returned are states of the solver.
         first = None if dt0 is None else jnp.asarray(dt0, ts.dtype)
@@ -146,7 +164,11 @@ def delegate(
         dt0 = (ts[-1] - ts[0]) / steps.grid.num_rows
     else:
         grid: Any = steps.grid
-        controller, dt0, max_steps = diffrax.StepTo(jnp.concatenate([grid.left[:1], grid.right])), None, grid.num_rows
+        times = jnp.concatenate([grid.left[:1], grid.right])
+        if good is not None:
+            line = jnp.linspace(ts[0], ts[-1], times.shape[0])
+            times = jnp.where(good, times, line)
+        controller, dt0, max_steps = diffrax.StepTo(ts=times), None, grid.num_rows
         if grid.jump is not None:
             # diffrax goes on until it stands at the end, also where the last step ends just before a jump there.
             left, right = jnp.append(grid.left, ts[-1]), grid.right.at[-1].set(ts[-1])
@@ -163,34 +185,67 @@ def delegate(
         solver = StandIn(prepare_solver(solver))  # pyright: ignore
 
     def run(saveat: diffrax.SaveAt, adjoint: diffrax.AbstractAdjoint = adjoint) -> diffrax.Solution:
-        return diffrax.diffeqsolve(
-            terms,
-            solver,
-            ts[0],
-            ts[-1],
-            dt0,
-            y0,
-            args,
-            saveat=saveat,
-            stepsize_controller=controller,  # pyright: ignore
-            adjoint=adjoint,
-            event=event,
-            max_steps=max_steps,
-            throw=False,
-        )
+        with _known_to_be_right(solver, y0):
+            return diffrax.diffeqsolve(
+                terms,
+                solver,
+                ts[0],
+                ts[-1],
+                dt0,
+                y0,
+                args,
+                saveat=saveat,
+                stepsize_controller=controller,  # pyright: ignore
+                adjoint=adjoint,
+                event=event,
+                max_steps=max_steps,
+                throw=False,
+            )
 
+    save_with: Run = run
     if isinstance(adjoint, AbstractWalkAdjoint) and not ends_only:
-        run = functools.partial(_run_saving, run, adjoint)
+        save_with = functools.partial(_run_saving, run, adjoint)
     save = _save_continuous if continuous else _save_end if isinstance(adjoint, diffrax.ImplicitAdjoint) else _save
-    sol, ys, final = save(run, ts, y0, args, save_fn, ends_only)
+    sol, ys, final = save(save_with, ts, y0, args, save_fn, ends_only)
     accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
     nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
-    stats = {"num_steps": accepted, "num_rejected": rejected, "nfe": nfe}
+    stats = {"num_steps": accepted, "num_rejected": rejected, "nfe": nfe, "time_reached": _time_reached(sol)}
     result: Any = promote(sol.result)
     if "record_overflow" in sol.stats:
         spilt = is_okay(result) & sol.stats["record_overflow"]
         result = RESULTS.where(spilt, RESULTS.record_overflow, result)
     return ys, final, stats, result
+
+
+@contextlib.contextmanager
+def _known_to_be_right(solver: Any, y0: Any) -> Iterator[None]:
+    """Silence where diffrax warns of what was checked, and say in our words what a solver lacks."""
+    unmarked = not isinstance(solver, diffrax.AbstractItoSolver | diffrax.AbstractStratonovichSolver)
+    complex_state = any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(y0))
+    with contextlib.ExitStack() as stack:
+        # Filters of warnings belong to the whole process, so they are touched only where there is need to.
+        if unmarked or complex_state:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Complex dtype support in Diffrax")
+            warnings.filterwarnings("ignore", ".* is not marked as converging to either")
+        try:
+            yield
+        except RuntimeError as error:
+            if "does not provide error estimates" not in str(error):
+                raise
+            while isinstance(solver, StandIn):
+                solver = solver.solver
+            name = type(solver).__name__
+            raise ValueError(
+                f"Adaptive steps need a solver that estimates its error, and {name} does not: use "
+                f"diffrax.HalfSolver(diffrax.{name}()), another solver, or fix the steps with dt0=."
+            ) from error
+
+
+def _time_reached(sol: diffrax.Solution) -> Any:
+    """Where the solve ended, which is the last time of what was saved last."""
+    ts: Any = sol.ts[-1] if isinstance(sol.ts, tuple) else sol.ts
+    return ts[-1]
 
 
 Run = Callable[[diffrax.SaveAt], Any]

@@ -121,13 +121,32 @@ def prepare_solver(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
 def _innermost(solver: Any) -> Any:
     """The solver whose state is that of this one."""
     inner = getattr(solver, "solver", None)
-    has_own = isinstance(solver, UnrolledERK | UnrolledSRK | McCallumFoster)
-    return _innermost(inner) if isinstance(inner, diffrax.AbstractSolver) and not has_own else solver
+    has_own = _is_straight(solver) or isinstance(solver, McCallumFoster)
+    wraps = isinstance(inner, diffrax.AbstractSolver) and not has_own
+    return _innermost(inner) if wraps else solver
+
+
+def _is_straight(solver: Any) -> bool:
+    # Not isinstance, for which a wrapped solver passes as what it wraps.
+    return issubclass(type(solver), UnrolledERK | UnrolledSRK)
+
+
+def _adds_no_state(solver: Any) -> bool:
+    """Whether the state of a prepared solver is that of the innermost one; what users write may keep more."""
+    known = _is_straight(solver) or not isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver)
+    return known or (type(solver) in (diffrax.HalfSolver, Charging) and _adds_no_state(solver.solver))
+
+
+def loops_over_stages(solver: Any) -> bool:
+    """Whether a walk with this solver uses diffrax's loop over the stages of a Runge-Kutta method."""
+    inner = _innermost(prepare_solver(solver))
+    return not _is_straight(inner) and isinstance(inner, diffrax.AbstractRungeKutta)
 
 
 def restarts(solver: Any, state: Any) -> bool:
     """Whether the state of a prepared solver before a step follows from the time and the solution there."""
-    return not jtu.tree_leaves(state) or isinstance(_innermost(solver), UnrolledERK)
+    follows = isinstance(_innermost(solver), UnrolledERK) and _adds_no_state(solver)
+    return not jtu.tree_leaves(state) or follows
 
 
 def adopt_state(solver: Any, state: Any, terms: Any, t0: Any, t1: Any, y0: PyTree, args: Any, fresh: bool) -> Any:

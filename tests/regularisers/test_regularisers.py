@@ -233,17 +233,45 @@ def test_adaptive_noise_is_charged_alike_by_our_rule_and_by_diffrax(index):
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "regulariser", [reg.LocalError(weighting="sum"), reg.Kinetic()], ids=lambda r: type(r).__name__
-)
-def test_local_ones_and_integrals_work_under_a_reversible_adjoint(regulariser):
-    solver = sf.solvers.McCallumFoster(dfx.Heun())
-    run = lambda a, adjoint: _penalty(regulariser, _noisy(dfx.SPaRK()), jnp.array([0.4, -0.9]), UNEVEN, args=a, solver=solver,
-                                      adjoint=adjoint, key=KEY)  # fmt: skip
-    ours, stored = (jax.jit(jax.value_and_grad(lambda a, adj=adj: run(a, adj)))(jnp.array([1.3, 0.8]))
-                    for adj in (sf.adjoints.ReversibleAdjoint(), sf.adjoints.DiscreteAdjoint()))  # fmt: skip
+REVERSIBLE = {"coupled": sf.solvers.McCallumFoster(dfx.Heun()), "heun": dfx.ReversibleHeun()}
+CHARGED = [reg.LocalError(weighting="sum"), reg.Kinetic(), reg.GlobalError(), reg.GlobalStiffness()]
+
+
+@functools.cache
+def _under(adjoint, name, index, padded):
+    grid = sf.grids.through(UNEVEN, 0.05)
+    grid = grid.pad(grid.num_rows + 4) if padded else grid
+    weights = jnp.array([1.0, 0.3])
+
+    def loss(a, grid):
+        sol = sf.solve(_noisy(dfx.SPaRK()), jnp.array([0.4, -0.9]), jnp.asarray(UNEVEN), args=a, grid=grid, key=KEY,
+                       solver=REVERSIBLE[name], adjoint=adjoint, regularisers=(CHARGED[index],), throw=False)  # fmt: skip
+        return sol.penalties[type(CHARGED[index]).__name__] + (weights * sol.ys**2).sum()
+
+    run = jax.jit(jax.value_and_grad(loss))
+    return run(jnp.array([1.3, 0.8]), grid)
+
+
+@pytest.mark.parametrize("index", range(4), ids=[type(r).__name__ for r in CHARGED])
+@pytest.mark.parametrize("name", ["heun", pytest.param("coupled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_all_of_them_work_under_a_reversible_adjoint(index, name, padded):
+    ours = _under(sf.adjoints.ReversibleAdjoint(), name, index, padded)
+    stored = _under(sf.adjoints.DiscreteAdjoint(), name, index, padded)
     np.testing.assert_allclose(ours[0], stored[0], rtol=1e-10)
     np.testing.assert_allclose(ours[1], stored[1], rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_global_ones_work_under_a_reversible_adjoint_with_adaptive_steps():
+    field = sf.ODE(lambda t, y, a: -a[0] * y + jnp.sin(a[1] * t + y[::-1]))
+    run = lambda a, adjoint: _penalty(reg.GlobalError(), field, jnp.array([0.4, -0.9]), [0.0, 0.5, 1.0], args=a,
+                                      solver=sf.solvers.McCallumFoster(dfx.Bosh3()), adjoint=adjoint,
+                                      stepsize_controller=dfx.PIDController(1e-5, 1e-7))  # fmt: skip
+    ours, stored = (jax.jit(jax.value_and_grad(lambda a, adj=adj: run(a, adj)))(jnp.array([1.3, 0.8]))
+                    for adj in (sf.adjoints.ReversibleAdjoint(), sf.adjoints.DiscreteAdjoint()))  # fmt: skip
+    np.testing.assert_allclose(ours[0], stored[0], rtol=1e-8)
+    np.testing.assert_allclose(ours[1], stored[1], rtol=1e-8)
 
 
 def test_batches_are_charged_series_by_series_and_in_float32():
