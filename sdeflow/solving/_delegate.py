@@ -1,6 +1,7 @@
 """What the walk does not do itself goes to ``diffrax.diffeqsolve``: adaptive steps, events, diffrax's own adjoints."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._compat import is_term
+from .._compat import SaveState, is_term, unwrap
 from .._results import RESULTS, is_okay, promote
+from ..adjoints import AbstractWalkAdjoint
 from ..equations._terms import DiffusionTerm, DriftTerm
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
@@ -152,7 +154,8 @@ def delegate(
         dt0 = None if dt0 is None else jnp.where(good, dt0, jnp.abs(dt0))
     if steps is None:
         # Requested times are stepped to, so that what is returned are states of the solver.
-        controller = GuardedController(controller)  # pyright: ignore
+        first = None if dt0 is None else jnp.asarray(dt0, ts.dtype)
+        controller, dt0 = GuardedController(controller, first), None  # pyright: ignore
         if not ends_only:
             controller = diffrax.ClipStepSizeController(controller, step_ts=ts)
     elif continuous:
@@ -181,7 +184,7 @@ def delegate(
         # They look for the loop over stages of the solver within, in the wrong place.
         solver = StandIn(prepare_solver(solver))  # pyright: ignore
 
-    def run(saveat: diffrax.SaveAt) -> diffrax.Solution:
+    def run(saveat: diffrax.SaveAt, adjoint: diffrax.AbstractAdjoint = adjoint) -> diffrax.Solution:
         with _known_to_be_right(solver, y0):
             return diffrax.diffeqsolve(
                 terms,
@@ -199,8 +202,11 @@ def delegate(
                 throw=False,
             )
 
+    save_with: Run = run
+    if isinstance(adjoint, AbstractWalkAdjoint) and not ends_only:
+        save_with = functools.partial(_run_saving, run, adjoint)
     save = _save_continuous if continuous else _save_end if isinstance(adjoint, diffrax.ImplicitAdjoint) else _save
-    sol, ys, final = save(run, ts, y0, args, save_fn, ends_only)
+    sol, ys, final = save(save_with, ts, y0, args, save_fn, ends_only)
     accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
     nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
     stats = {"num_steps": accepted, "num_rejected": rejected, "nfe": nfe, "time_reached": _time_reached(sol)}
@@ -243,6 +249,39 @@ def _time_reached(sol: diffrax.Solution) -> Any:
 
 
 Run = Callable[[diffrax.SaveAt], Any]
+
+
+class _SavingAt(diffrax.AbstractAdjoint):
+    """An adjoint whose loop saves at times of which ``diffeqsolve`` does not know.
+
+    diffrax checks requested times at run time, by a call back to the host, and no program that holds one is kept by
+    JAX's persistent cache. Here they are known to be in order.
+    """
+
+    adjoint: AbstractWalkAdjoint
+    saveat: diffrax.SaveAt
+
+    def loop(self, **kwargs: Any) -> Any:
+        direction, state, dtype = unwrap(kwargs["terms"])[1], kwargs["init_state"], kwargs["t0"].dtype
+
+        def turned(sub: diffrax.SubSaveAt) -> diffrax.SubSaveAt:
+            fn = lambda t, y, args: sub.fn(t * direction, y, args)
+            ts = None if sub.ts is None else sub.ts * direction
+            return diffrax.SubSaveAt(ts=ts, t1=sub.t1, fn=fn)
+
+        def allocated(sub: diffrax.SubSaveAt) -> SaveState:
+            n = sub.t1 + (0 if sub.ts is None else sub.ts.shape[0])
+            shape = eqx.filter_eval_shape(sub.fn, kwargs["t0"], state.y, kwargs["args"])
+            ys = jtu.tree_map(lambda x: jnp.full((n, *x.shape), jnp.inf, x.dtype), shape)
+            return SaveState(ts=jnp.full(n, jnp.inf, dtype), ys=ys, save_index=0, saveat_ts_index=0)
+
+        subs = tuple(turned(sub) for sub in self.saveat.subs)
+        state = eqx.tree_at(lambda s: s.save_state, state, tuple(allocated(sub) for sub in subs))
+        return self.adjoint.loop(**{**kwargs, "saveat": diffrax.SaveAt(subs=subs), "init_state": state})
+
+
+def _run_saving(run: Any, adjoint: AbstractWalkAdjoint, saveat: diffrax.SaveAt) -> diffrax.Solution:
+    return run(diffrax.SaveAt(t1=True), _SavingAt(adjoint, saveat))  # pyright: ignore[reportCallIssue]
 
 
 def _save(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bool) -> tuple[Any, Any, Any]:

@@ -21,9 +21,12 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
 
     Arguments:
         controller: the controller to guard.
+        dt0: the length of the first step; None if the controller chooses it. Given to ``diffeqsolve`` it would be
+            checked at run time, by a call back to the host.
     """
 
     controller: diffrax.AbstractAdaptiveStepSizeController
+    dt0: Any = None
 
     @property
     def rtol(self) -> Any:
@@ -47,12 +50,14 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
 
     def wrap(self, direction: Any) -> "GuardedController":
         """Wrap the controller for the direction of time."""
-        return GuardedController(self.controller.wrap(direction))  # pyright: ignore[reportCallIssue]
+        dt0 = None if self.dt0 is None else jnp.abs(self.dt0)
+        return GuardedController(self.controller.wrap(direction), dt0)  # pyright: ignore[reportCallIssue]
 
     def init(
         self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
     ) -> tuple[Any, Any]:
         """The first step of the controller, and no failed trial so far."""
+        dt0 = self.dt0 if dt0 is None else dt0
         tnext, inner = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
         return tnext, (inner, jnp.array(0), jnp.asarray(t0))
 

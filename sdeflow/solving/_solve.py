@@ -25,6 +25,7 @@ from ..grids import Grid
 from ..grids._grid import cast
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
+from ..paths._tree import quiet_tree
 from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
 from ..walking import asks_within, make_rows
 from ._check_input import (
@@ -267,7 +268,7 @@ def _run(
     if key is not None and path is None and not _is_terms(equation) and equation.is_stochastic:
         structure = _noise_structure(equation, ts[0], y0, args)
         if storage is None:
-            path = diffrax.VirtualBrownianTree(
+            path = quiet_tree(
                 jnp.minimum(ts[0], ts[-1]), jnp.maximum(ts[0], ts[-1]), _tree_tolerance(ts, dt0, steps), structure, key,
                 levy_area_for(solver),
             )  # fmt: skip

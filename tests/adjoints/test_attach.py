@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("x64_module")
 
 # ---- A rule of three lines: a(x) b(w) with a vector that a batch may share. ----
 
-SEEN = []
+_seen = []
 ADVICE = "Ask another adjoint."
 
 
@@ -35,7 +35,7 @@ def _ruled(x, w, n):
         return slope * w, slope * x
 
     def rule(inputs, cts, wanted, batched):
-        SEEN.append((wanted, batched))
+        _seen.append((wanted, batched))
         if batched is None:
             found = one(*inputs, *cts)
         else:
@@ -124,19 +124,19 @@ def test_first_derivatives_are_those_of_the_function(how, jit):
 def test_the_rule_of_a_batch_is_asked_once_and_told_what_is_shared():
     x, w = _inputs(4)
     for how, told in (("grad of vmap", (True, False, False)), ("vmap of grad", None)):
-        SEEN.clear()
+        _seen.clear()
         jax.jit(TRANSFORMED[how][0](_ruled))(x, w)
-        assert [((True, True, False), told)] == SEEN
-    SEEN.clear()
+        assert _seen == [((True, True, False), told)]
+    _seen.clear()
     jax.jit(TRANSFORMED["grad of vmap of vmap"][0](_ruled))(*_inputs(2, 4))
-    assert SEEN == [((True, True, False), (True, False, False))]
+    assert _seen == [((True, True, False), (True, False, False))]
 
 
 def test_what_is_not_differentiated_is_not_asked_for():
     x, w = _inputs()
-    SEEN.clear()
+    _seen.clear()
     jax.jit(jax.grad(lambda w: _ruled(x, w, 2)))(w)
-    assert SEEN == [((False, True, False), None)]
+    assert _seen == [((False, True, False), None)]
 
 
 def test_the_note_speaks_where_a_derivative_is_taken_and_is_silent_elsewhere():

@@ -106,17 +106,32 @@ def _weighted(ys):
     return (jnp.cos(jnp.arange(ys.size, dtype=ys.dtype)).reshape(ys.shape) * ys**2).sum()
 
 
+def test_rows_asked_for_all_at_once_are_those_asked_for_one_by_one():
+    grid = _recorded("ShARK")[0]
+    left, right = jnp.asarray(grid.left), jnp.asarray(grid.right)
+    one = lambda ends: _tree().evaluate(*ends, use_levy=True)
+    apart = jax.jit(lambda *ends: jax.lax.map(one, ends))(left, right)
+    for a, b in zip(jax.tree.leaves(_rows("ShARK").table), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_the_recorded_steps_reproduce_every_state_to_the_bit(name):
     grid, ts, ys, rejected = _recorded(name)
     assert grid.num_rows > 10
     assert rejected > 2, "a test of rejected steps must have some"
-    np.testing.assert_array_equal(jax.jit(_replay(name, loops=True))(_start()), ys)
-    y0, rate, theta = _start()
-    fed = jax.jit(
-        lambda path: sf.solve(_equation(name, theta), y0, ts, args=rate, path=path, solver=_solver(name, loops=True)).ys
-    )(_rows(name))
-    np.testing.assert_array_equal(fed, ys)
+
+    # All that is solved for comes in as an argument, as it does there: constants are folded in another order.
+    def fed(start, path):
+        y0, rate, theta = start
+        solver = _solver(name, loops=True)
+        return sf.solve(_equation(name, theta), y0, ts, args=rate, path=path, solver=solver).ys
+
+    # In another loop the compiler contracts a product and a sum of SPaRK differently, also if diffrax walks it.
+    limit = 2.0**-52 if name == "SPaRK" else 0.0
+    assert np.abs(ys).max() < 2
+    for again in (jax.jit(_replay(name, loops=True))(_start()), jax.jit(fed)(_start(), _rows(name))):
+        assert np.abs(again - ys).max() <= limit
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -179,26 +194,41 @@ def test_the_gradient_of_an_adaptive_solve_is_diffrax_s(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOISE)
-def test_a_batch_of_adaptive_solves_has_the_gradients_of_its_paths(name):
+def test_a_batch_of_adaptive_solves_has_the_gradients_of_diffrax(name):
     y0, rate, theta = _start()
     y0s, rates = jnp.stack([y0, 2 * y0, -y0]), jnp.array([1.3, 0.6, 2.0])
-    one = jax.jit(jax.value_and_grad(_adaptive(name), has_aux=True))
-    alone = [one((y, r, theta)) for y, r in zip(y0s, rates)]
-    assert len({int(steps) for (_, steps), _ in alone}) > 1
+    reference = _diffrax(name, adjoint=dfx.RecursiveCheckpointAdjoint())
 
-    def total(y0s, rates, theta):
-        values, steps = jax.vmap(lambda y, r: _adaptive(name)((y, r, theta)))(y0s, rates)
-        return values.sum(), (values, steps)
+    def theirs(start):
+        sol = reference(start)
+        count = sol.stats["num_accepted_steps"]
+        return (sol.ys[count] * jnp.array([1.0, -0.7])).sum(), count
 
-    (_, (values, steps)), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(y0s, rates, theta)
+    def total(one):
+        def run(y0s, rates, theta):
+            values, steps = jax.vmap(lambda y, r: one((y, r, theta)))(y0s, rates)
+            return values.sum(), (values, steps)
+
+        return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(y0s, rates, theta)
+
+    (_, (values, steps)), grads = total(_adaptive(name))
+    (_, (values_r, steps_r)), grads_r = total(theirs)
+    np.testing.assert_array_equal(steps, steps_r)
+    assert len(set(np.asarray(steps).tolist())) > 1
+    np.testing.assert_allclose(values, values_r, rtol=1e-12)
+    for a, b in zip(grads, grads_r):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
     each = jax.jit(jax.vmap(jax.grad(lambda s: _adaptive(name)(s)[0])))((y0s, rates, jnp.full(3, theta)))
-    np.testing.assert_array_equal(steps, [steps for (_, steps), _ in alone])
-    np.testing.assert_allclose(values, [value for (value, _), _ in alone], rtol=1e-12)
     for k in (0, 1):
-        exact = np.stack([g[k] for _, g in alone])
-        np.testing.assert_allclose(grads[k], exact, rtol=1e-10)
-        np.testing.assert_allclose(each[k], exact, rtol=1e-10)
-    np.testing.assert_allclose(grads[2], sum(g[2] for _, g in alone), rtol=1e-10)
+        np.testing.assert_allclose(each[k], grads[k], rtol=1e-10)
+    np.testing.assert_allclose(each[2].sum(), grads[2], rtol=1e-10)
+    # Where rounding moves the end of a step, the noise in it is another one, as paths are rough at every scale: the
+    # same solves one by one take the same steps, and agree to about the root of rounding.
+    one = jax.jit(_adaptive(name))
+    for i in range(3):
+        value, count = one((y0s[i], rates[i], theta))
+        assert int(count) == int(steps[i])
+        np.testing.assert_allclose(value, values[i], rtol=1e-7)
 
 
 def _difference(f, start, k, e=1e-4):
