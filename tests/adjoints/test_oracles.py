@@ -311,7 +311,10 @@ def test_every_adjoint_gives_the_one_gradient_of_the_steps(adjoint):
             np.testing.assert_allclose(mine, stored, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("steps", "kept"), [(100, 13), (1000, 44), (4096, 90), (10_000, 140)])
+@pytest.mark.parametrize(
+    ("steps", "kept"),
+    [(100, 13), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((1000, 44), (4096, 90), (10_000, 140)))],
+)
 def test_the_default_adjoint_of_diffrax_keeps_about_the_square_root_of_twice_the_steps(steps, kept):
     assert kept == int(-1.5 + np.sqrt(2 * steps + 0.25)) + 1
     shape = (7, 11)

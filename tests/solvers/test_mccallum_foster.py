@@ -158,11 +158,9 @@ def _by_default(noise):
     return _call(dfx.RecursiveCheckpointAdjoint(), COUPLED(getattr(dfx, solver)()), path())
 
 
-@pytest.mark.parametrize(
-    ("adjoint", "noise"),
-    [pytest.param(a, n, marks=[] if (a, n) in {("forward", "tree"), ("direct", "ode")} else pytest.mark.slow)
-     for a in _ADJOINTS for n in _NOISE],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", _NOISE)
+@pytest.mark.parametrize("adjoint", _ADJOINTS)
 def test_every_adjoint_gives_one_value_and_one_gradient(adjoint, noise):
     solver, path = _NOISE[noise]
     if adjoint == "forward" and noise == "ode":
