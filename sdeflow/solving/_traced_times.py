@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
+from ..adjoints._freeze import freeze
 from ..grids import Grid
 from ..grids._grid import ULPS
 
@@ -19,6 +20,8 @@ def times_are_good(ts: Array, grid: Grid | None, forwards_only: bool = False) ->
         grid: the steps, if they are fixed.
         forwards_only: whether decreasing times are bad too.
     """
+    # A comparison has no derivative, however the times are differentiated.
+    ts, grid = freeze((ts, grid))
     sign = jnp.sign(ts[-1] - ts[0])
     gaps = ts[1:] - ts[:-1]
     ends = (ts[1:] == ts[-1]) & (gaps == 0)
