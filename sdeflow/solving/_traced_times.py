@@ -4,6 +4,7 @@ A few comparisons for each time and row, and no callback. What fails them ends a
 the states, so that no plausible number comes of it.
 """
 
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
@@ -52,6 +53,8 @@ def _resolved(steps: Array, live: Array, ts: Array) -> Array:
 
 
 def _spacing(x: Array) -> Array:
+    # A tolerance and no function of the times: nextafter has no derivative.
+    x = jax.lax.stop_gradient(x)
     return jnp.nextafter(x, jnp.array(jnp.inf, x.dtype)) - x
 
 
