@@ -34,6 +34,7 @@ PARTS = {
     "adaptive": "10: adaptive ordinary equations",
     "saving": "11: every step saved",
     "compile_time": "12: compile time, persistent cache, import",
+    "regularisers": "evaluations at prediction after training with regularisers",
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",
 }
