@@ -35,6 +35,7 @@ PARTS = {
     "saving": "11: every step saved",
     "adjoints": "6b, 7: memory and time of a gradient through ten thousand steps",
     "compile_time": "12: compile time, persistent cache, import",
+    "regularisers": "evaluations at prediction after training with regularisers",
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",
 }
