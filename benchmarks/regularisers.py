@@ -178,7 +178,9 @@ def _charging(key: Any, regularisers: Any) -> dict[str, Any]:
 
 ROTATION = np.array([[-0.1, 2.0], [-2.0, -0.1]])
 CENTRE = np.array([2.0, 0.0])
-TIGHT = {"solver": diffrax.Tsit5(), "stepsize_controller": diffrax.PIDController(rtol=1e-6, atol=1e-6), "throw": False}
+# Few steps at the most: a network that diverges shall not take the day.
+GUARD = {"max_steps": 256, "throw": False}
+TIGHT = {"solver": diffrax.Tsit5(), "stepsize_controller": diffrax.PIDController(rtol=1e-6, atol=1e-6), **GUARD}
 
 
 def _rotation(t: Any, y: jax.Array, args: Any) -> jax.Array:
@@ -239,7 +241,7 @@ def noise() -> Task:
     """The fit of drift and diffusion to mean and variance."""
     ts, steps = np.linspace(0.0, 1.0, 11), 200
     loose = diffrax.PIDController(rtol=3e-3, atol=3e-3, pcoeff=0.1, icoeff=0.3, dtmin=2.0**-12)
-    how = {"solver": diffrax.SPaRK(), "stepsize_controller": loose, "throw": False, "dt0": 0.01}
+    how = {"solver": diffrax.SPaRK(), "stepsize_controller": loose, "dt0": 0.01, **GUARD}
     truth = sf.SDE(_rotation, lambda t, y, args: 0.2 * y, interpretation="stratonovich")
     field = sf.SDE(
         lambda t, y, params: network(params[0], y**3),
