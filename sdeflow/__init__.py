@@ -16,6 +16,7 @@ from . import adjoints as adjoints
 from . import equations as equations
 from . import grids as grids
 from . import paths as paths
+from . import regularisers as regularisers
 from . import solvers as solvers
 from ._compat import SdeflowWarning as SdeflowWarning
 from ._compat import warn_if_bad_jax as _warn_if_bad_jax

@@ -40,6 +40,11 @@ with warnings.catch_warnings():
             "the best parameters so far were kept."
         )
         interrupted = "Training was interrupted. The state so far was kept."
+        bad_times = (
+            "The traced times do not fit: they are not finite, not strictly monotone (only the last may be repeated, "
+            "as padding), closer than their precision can tell apart, not those of the grid, or decreasing where "
+            "diffrax steps backwards wrongly. Sort or rescale ts, and build the grid with `sf.grids.through(ts, ...)`."
+        )
 
 
 class SolveError(RuntimeError):

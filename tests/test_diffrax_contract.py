@@ -12,6 +12,7 @@ import pytest
 
 from sdeflow import _compat
 from sdeflow._results import RESULTS
+from sdeflow.paths._tree import quiet, quiet_tree
 
 
 class _Spy(diffrax.AbstractAdjoint):
@@ -139,3 +140,23 @@ def test_concreteness_is_seen_through_a_tracer():
     jax.jit(lambda x: seen.append(_compat.is_concrete(x)) or x)(1.0)
     assert seen == [False]
     assert _compat.is_concrete(jnp.ones(2), np.ones(2), 1.0)
+
+
+@pytest.mark.parametrize("area", [diffrax.BrownianIncrement, diffrax.SpaceTimeTimeLevyArea])
+def test_a_tree_that_calls_nothing_back_is_diffrax_s_tree_and_answers_nan_outside_of_it(area):
+    shape = {"a": jax.ShapeDtypeStruct((2,), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.float32)}
+    loud = diffrax.VirtualBrownianTree(0.5, 2.0, 1e-3, shape, key=jax.random.key(3), levy_area=area)
+    made = quiet_tree(jnp.array(0.5), jnp.array(2.0), 1e-3, shape, jax.random.key(3), area)
+    ask = jax.jit(lambda path, a, b: path.evaluate(a, b, use_levy=True))
+    wanted = jax.tree.leaves(ask(loud, jnp.array(0.7), jnp.array(1.9)))
+    for tree in (quiet(loud), made):
+        assert isinstance(tree, diffrax.VirtualBrownianTree)
+        for a, b in zip(jax.tree.leaves(ask(tree, jnp.array(0.7), jnp.array(1.9))), wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        for a, b in ((0.4, 1.0), (1.0, 2.1)):
+            out = ask(tree, jnp.array(a), jnp.array(b))
+            assert all(np.isnan(x).all() for x in jax.tree.leaves(out.W))
+        assert "callback" not in jax.jit(lambda t, tree=tree: tree.evaluate(t)).lower(1.0).as_text()
+    assert quiet(made) is made
+    other = diffrax.UnsafeBrownianPath((2,), jax.random.key(0))
+    assert quiet(other) is other

@@ -23,7 +23,7 @@ import jax.tree_util as jtu
 
 from .._compat import buffer_at_set, is_buffer, is_save_state, lax_while_loop, unwrap
 from ..paths._rows import RowNoise
-from ..walking import adopt_state, asks_within, make_rows, prepare_solver, restarts, straighten
+from ..walking import adopt_state, prepare_solver, restarts, straighten, with_noise_of_step
 from ._attach import attach
 from ._freeze import freeze
 from ._sweep import Record, Solve, sweep
@@ -31,6 +31,11 @@ from ._within_diffrax import CHUNK, Steps, is_save, walk_steps
 
 # What diffrax hands to an adjoint but its own loop does not take.
 _NOT_FOR_LOOP = ("init_state", "throw", "passed_solver_state", "passed_controller_state")
+
+_FIRST_ONLY = (
+    "Adaptive steps have first derivatives in reverse mode, by jax.grad: for second derivatives or forward mode pass "
+    "adjoint=sdeflow.adjoints.DiscreteAdjoint(higher_order=True), or fix the steps."
+)
 
 
 def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:
@@ -91,8 +96,7 @@ class _Walking(diffrax.AbstractWrappedSolver):
     def step(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any, solver_state: Any, made_jump: Any) -> Any:
         bare, direction = unwrap(terms)
         left, right = t0 * direction, t1 * direction
-        rows = make_rows(bare, left[None], right[None], own_grid=False, within=asks_within(self.solver))
-        here = rows.source.install(bare, jtu.tree_map(lambda x: x[0], rows.noise), left, right)
+        here = with_noise_of_step(self.solver, bare, left, right)
         return self.solver.step(here, left, right, y0, args, solver_state, made_jump)
 
     def func(self, terms: Any, t0: Any, y0: Any, args: Any) -> Any:
@@ -203,7 +207,12 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
     final, record = run(freeze(state))
 
     # What the user's functions close over must be seen by the reverse rule, so it is made an input of it.
-    solver_state = None if forgets else state.solver_state
+    solver_state = None
+    if not forgets:
+        # The start of the solver as a function of the solution there, through which derivatives go too.
+        bare, direction = unwrap(terms)
+        ends = (kwargs["t0"] * direction, state.tnext * direction)
+        solver_state = adopt_state(inner, state.solver_state, bare, *ends, state.y, args, fresh=True)
     example = (state.y, solver_state, state.tprev, state.tnext, jnp.asarray(False))
     saves = _saves(final)
     solve = Solve(
@@ -226,7 +235,7 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
     found, treedef = jtu.tree_flatten(ys)
     rule, inputs = sweep(solve, treedef)
     # A record that is too short matters where a gradient is taken, and nowhere else.
-    found, overflow = attach(rule, found, inputs, final.num_accepted_steps > length)
+    found, overflow = attach(rule, found, inputs, final.num_accepted_steps > length, _FIRST_ONLY)
     ys = eqx.combine(treedef.unflatten(found), rest)
     if throw:
         ys = eqx.error_if(ys, overflow, _too_long(length))

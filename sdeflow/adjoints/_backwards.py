@@ -231,7 +231,11 @@ def walk_backwards(
         out = reverse.spoiled(out, ~okay)
         return [out[i] for i in chosen]
 
-    values, _ = attach(rule, values, inputs, jnp.asarray(False))
+    advice = (
+        f"{name} has first derivatives in reverse mode, by jax.grad: for second derivatives or forward mode pass "
+        "adjoint=sdeflow.adjoints.DiscreteAdjoint()."
+    )
+    values, _ = attach(rule, values, inputs, jnp.asarray(False), advice)
     y, saved = values_def.unflatten(values)
     return Carry(y, final.solver_state, final.result), eqx.combine(saved, rest), problem
 

@@ -57,7 +57,7 @@ class GradientCheck(eqx.Module):
     def __repr__(self) -> str:
         worst = np.abs(self.slopes - self.finite_slopes).argmax(axis=1)
         head = ("adjoint", "gradient norm", "difference", "slope", "finite difference", "verdict")
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for i, name in enumerate(self.names):
             k = int(worst[i])
             pair = f"{self.slopes[i, k]:.8g}", f"{self.finite_slopes[k]:.8g} (+- {self.finite_errors[k]:.0e})"

@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ..solvers._charging import Charging
 from ..walking import Carry, Rows
 from ._adaptive import can_record, replaying_loop
 from ._backwards import Backwards, Problem, check_terms, walk_backwards
 from ._base import AbstractWalkAdjoint
 from ._fields import Adjoined, Field, noise_charge
 from ._freeze import freeze
-from ._lanes import relative_gap, where
+from ._lanes import where
 
 _KINDS = (diffrax.AbstractERK, diffrax.AbstractSRK, diffrax.Euler, diffrax.EulerHeun, diffrax.StratonovichMilstein)
 _NAME = "ContinuousAdjoint"
@@ -95,7 +96,7 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
         carry, emitted, problem = walk_backwards(
             _Augmented, _NAME, solver, terms, args, y0, rows, every=every, emit=emit, start=start, keep_dense=False,
             check=lambda fields: check_noise(solver, fields),
-            judge=lambda problem, found: relative_gap(found, problem.start, problem.final) > self.max_defect,
+            judge=lambda problem, found: ~(_relative_gap(found, problem.start, problem.final) <= self.max_defect),
         )  # fmt: skip
         return carry, emitted, {"defect": _defect(freeze(problem))}
 
@@ -113,6 +114,11 @@ def check_solver(solver: Any) -> None:
     Raises:
         ValueError: naming the solver and what can be used.
     """
+    if isinstance(solver, Charging):
+        raise ValueError(  # noqa: TRY004
+            "ContinuousAdjoint solves the equation and not its steps, which are what regularisers charge for: use "
+            "adjoint=sf.adjoints.DiscreteAdjoint()."
+        )
     name = type(solver).__name__
     if isinstance(solver, diffrax.AbstractImplicitSolver):
         raise ValueError(  # noqa: TRY004
@@ -172,7 +178,16 @@ def _defect(problem: Problem) -> Any:
         return (y0 if live is None else where(live, y0, y)), None
 
     found, _ = jax.lax.scan(body, problem.final, problem.rows, reverse=True)
-    return relative_gap(found, problem.start, problem.final)
+    return _relative_gap(found, problem.start, problem.final)
+
+
+def _relative_gap(found: Any, begin: Any, final: Any) -> Any:
+    """How far a start that was reconstructed is from the start, relative to the larger of both ends."""
+    flat = lambda tree: jnp.concatenate([jnp.abs(x).ravel() for x in jtu.tree_leaves(tree)])
+    rms = lambda x: jnp.sqrt(jnp.mean(x**2))
+    size = jnp.maximum(rms(flat(begin)), rms(flat(final)))
+    gap = rms(flat(jtu.tree_map(jnp.subtract, found, begin)))
+    return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), gap)
 
 
 class _Augmented(Backwards):

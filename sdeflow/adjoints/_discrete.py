@@ -53,7 +53,7 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
         good = c in (None, "step", "sqrt") or (isinstance(c, int) and not isinstance(c, bool) and c >= 1)
         if not good:
             raise ValueError(f'checkpoints must be "step", "sqrt", None or a positive number of segments, got {c!r}.')
-        if not isinstance(self.record, int) or self.record < 1:
+        if not isinstance(self.record, int) or isinstance(self.record, bool) or self.record < 1:
             raise ValueError(f"record must be a positive number of steps, got {self.record!r}.")
 
     def walk(

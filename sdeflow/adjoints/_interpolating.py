@@ -33,6 +33,7 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .._results import is_okay, promote
+from ..solvers._charging import Charging
 from ..walking import Carry, Rows, prepare_solver
 from ._adaptive import can_record, replaying_loop
 from ._backwards import Backwards, Problem, check_terms, walk_backwards
@@ -133,6 +134,11 @@ def check_solver(solver: Any) -> None:
     Raises:
         ValueError: naming the solver and what can be used.
     """
+    if isinstance(solver, Charging):
+        raise ValueError(  # noqa: TRY004
+            "InterpolatingAdjoint solves the equation and not its steps, which are what regularisers charge for: use "
+            "adjoint=sf.adjoints.DiscreteAdjoint()."
+        )
     # A wrapper passes for what it wraps.
     wrapped = isinstance(solver, diffrax.AbstractWrappedSolver)
     split = isinstance(getattr(solver, "tableau", None), diffrax.MultiButcherTableau)
@@ -155,7 +161,7 @@ def _followers(solver: Any, fields: tuple[Field, ...], dtype: Any) -> tuple[Any,
     """The solver of the path and that of the adjoint equation along it.
 
     Raises:
-        ValueError: for what drives the equation beside time, unless it is additive noise; for an equation without drift.
+        ValueError: for what drives the equation beside time, unless it is additive noise; for want of a drift.
     """
     for field in fields:
         if field.kind == "control" or (field.kind == "noise" and not field.additive):

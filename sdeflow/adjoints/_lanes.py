@@ -108,12 +108,3 @@ def leaves_by_number(places: Any, values: Any) -> list[tuple[int, Any]]:
 def dot(a: Any, b: Any) -> Any:
     """The inner product of two trees."""
     return sum(jnp.sum(x * y) for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b)))
-
-
-def relative_gap(found: Any, begin: Any, final: Any) -> Any:
-    """How far a start that was reconstructed is from the start, relative to the larger of both ends."""
-    flat = lambda tree: jnp.concatenate([jnp.abs(x).ravel() for x in jtu.tree_leaves(tree)])
-    rms = lambda x: jnp.sqrt(jnp.mean(x**2))
-    size = jnp.maximum(rms(flat(begin)), rms(flat(final)))
-    gap = rms(flat(jtu.tree_map(jnp.subtract, found, begin)))
-    return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), gap)

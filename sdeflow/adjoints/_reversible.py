@@ -30,13 +30,19 @@ from jaxtyping import PyTree
 
 from ..paths._increments import backwards
 from ..solvers import McCallumFoster
+from ..solvers._charging import Charging
 from ..walking import Carry, Rows, first_carry, prepare_solver, walk
 from ._adaptive import can_record, replaying_loop
 from ._attach import Flags, attach
 from ._base import AbstractWalkAdjoint
 from ._freeze import freeze
-from ._lanes import Lanes, add, leaves_by_number, relative_gap, where, zeros
+from ._lanes import Lanes, add, leaves_by_number, where, zeros
 from ._sweep import inexact
+
+_FIRST_ONLY = (
+    "ReversibleAdjoint has first derivatives in reverse mode, by jax.grad: for second derivatives or forward mode pass "
+    "adjoint=sdeflow.adjoints.DiscreteAdjoint()."
+)
 
 
 class ReversibleAdjoint(AbstractWalkAdjoint):
@@ -47,8 +53,10 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
     stable for stiff equations.
 
     On fixed steps the reverse pass reconstructs the start from the end. How far it misses is the *defect*, relative to
-    the size of the solution: ``sol.stats["defect"]``. Where it is larger than ``max_defect`` gradients are NaN rather
-    than wrong. An adaptive solve is recorded (times alone) and walked once more along its accepted steps.
+    the size of the start: ``sol.stats["defect"]``. (If more, relative to what the first step leads to if it is taken as
+    often as there are steps; and for a start near zero that hardly moves, to a tenth of what the solution usually is.)
+    Where the defect is larger than ``max_defect`` gradients are NaN rather than wrong. An adaptive solve is recorded
+    (times alone) and walked once more along its accepted steps.
 
     Gradients are of first order, in reverse mode, and with respect to all but times and noise.
 
@@ -103,14 +111,15 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
         final, emitted = freeze(eqx.filter_closure_convert(ahead, begin))(freeze(begin))
         problem = _problem(solver, terms, args, rows, begin, final, None if every is None else emit)
         saved, rest = eqx.partition(emitted, eqx.is_inexact_array)
-        hats = final.solver_state[0] if isinstance(solver, diffrax.ReversibleHeun) else final.solver_state
-        values, values_def = jtu.tree_flatten((final.y, hats, saved))
+        notes = final.y[1] if isinstance(solver, Charging) else None
+        values, values_def = jtu.tree_flatten((*problem.final, saved, notes))
 
         arrays, static = eqx.partition(problem, eqx.is_array)
         inputs, treedef = jtu.tree_flatten(arrays)
         places = treedef.unflatten(range(len(inputs)))
         build = lambda inputs: eqx.combine(treedef.unflatten(inputs), static)
-        kind = _UndoHeun if isinstance(solver, diffrax.ReversibleHeun) else _UndoCoupled
+        heun = isinstance(_inside(solver), diffrax.ReversibleHeun)
+        kind = _UndoHeun if heun else _UndoCoupled
 
         def rule(inputs: list[Any], cts: list[Any], wanted: Flags, batched: Flags | None) -> list[Any]:
             chosen = [i for i, w in enumerate(wanted) if w]
@@ -124,13 +133,13 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
             out = undo.spoiled(out, ~(defect <= self.max_defect))
             return [out[i] for i in chosen]
 
-        values, _ = attach(rule, values, inputs, jnp.asarray(False))
-        y, hats, saved = values_def.unflatten(values)
-        state = hats
-        if isinstance(solver, diffrax.ReversibleHeun):
-            state = (hats, terms.vf(rows.right[-1], hats, args))
+        values, _ = attach(rule, values, inputs, jnp.asarray(False), _FIRST_ONLY)
+        y, hats, saved, notes = values_def.unflatten(values)
+        own = solver.own(terms) if isinstance(solver, Charging) else terms
+        state = (hats, own.vf(rows.right[-1], hats, args)) if heun else hats
         measure = kind(build, places, freeze(inputs), None, [], every)
         _, defect = measure.run(*zeros(values_def.unflatten(values)))
+        y = (y, notes) if isinstance(solver, Charging) else y
         return Carry(y, state, start.result), eqx.combine(saved, rest), {"defect": defect}
 
     def loop(self, **kwargs: Any) -> Any:
@@ -147,6 +156,7 @@ def check_reversible(solver: Any, jumps: bool) -> None:
     Raises:
         ValueError: naming the solver and what can be used.
     """
+    solver = _inside(solver)
     name = type(solver).__name__
     if isinstance(solver, diffrax.ReversibleHeun):
         if jumps:
@@ -162,6 +172,10 @@ def check_reversible(solver: Any, jumps: bool) -> None:
         )
 
 
+def _inside(solver: Any) -> Any:
+    return solver.solver if isinstance(solver, Charging) else solver
+
+
 class _Problem(eqx.Module):
     """All that the reverse pass reads.
 
@@ -171,19 +185,23 @@ class _Problem(eqx.Module):
         half: for reversible Heun ``(v, next) -> <v, c> / 2``.
         fetch: ``(noise, left, right) -> increments`` of a row.
         save: ``(t, y_prev, y)``, what is kept of a row; None if nothing is.
+        charge: ``(y, z, here) -> notes``, what a row adds to the notes of a charging solver, from the state before it.
         coupling: c of coupled copies.
         rows: left, right, live and noise of all rows.
         start, final: the floating states at either end: (y, z), and for reversible Heun v at the start.
+        notes: those of a charging solver at the start.
     """
 
     step: Any
     half: Any
     fetch: Any
     save: Any
+    charge: Any
     coupling: Any
     rows: tuple[Any, Any, Any, Any]
     start: tuple[Any, ...]
     final: tuple[Any, ...]
+    notes: Any
 
 
 def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final: Carry, emit: Any) -> _Problem:
@@ -192,15 +210,23 @@ def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final
     times = (rows.left[0], rows.right[0])
     increments = eqx.filter_eval_shape(fetch, noise, *times)
     increments = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), increments)
+    y, last, half, coupling, notes = begin.y, final.y, None, None, None
+    charge = None
+    charging, all_terms, paired = solver, terms, lambda y: y
+    if isinstance(solver, Charging):
+        (y, notes), last = begin.y, final.y[0]
+        solver, terms = solver.solver, solver.own(terms)
+        nothing = freeze(zeros(notes))
+        paired = lambda y: (y, nothing)
+    heun = isinstance(solver, diffrax.ReversibleHeun)
     control = lambda left, right, noise: rows.source.install(terms, noise, left, right).contr(left, right)
-    y, half, coupling = begin.y, None, None
 
-    if isinstance(solver, diffrax.ReversibleHeun):
+    if heun:
 
         def halved(v: Any, left: Any, right: Any, noise: Any) -> Any:
             return jtu.tree_map(lambda x: x / 2, terms.prod(v, control(left, right, noise)))
 
-        def step(u: Any, z: Any, here: Any, after: Any, more: Any) -> Any:
+        def heun_step(u: Any, z: Any, here: Any, after: Any, more: Any) -> Any:
             v = terms.vf(here[1], z, args)
             before, beyond = halved(v, *here), halved(v, *after)
             beyond = jtu.tree_map(lambda x: jnp.where(more, x, 0), beyond)
@@ -210,24 +236,37 @@ def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final
         z, v = begin.solver_state
         row = (*times, increments)
         half = eqx.filter_closure_convert(halved, v, *row)
-        step = eqx.filter_closure_convert(step, y, z, row, row, jnp.asarray(True))
-        start, final_ = (y, z, v), (final.y, final.solver_state[0])
+        step = eqx.filter_closure_convert(heun_step, y, z, row, row, jnp.asarray(True))
+        start, final_ = (y, z, v), (last, final.solver_state[0])
     else:
 
-        def step(y: Any, t0: Any, t1: Any, noise: Any) -> Any:
+        def increment(y: Any, t0: Any, t1: Any, noise: Any) -> Any:
             return solver.increment(rows.source.install(terms, noise, t0, t1), t0, t1, y, args)[0]
 
-        step = eqx.filter_closure_convert(step, y, *times, increments)
+        step = eqx.filter_closure_convert(increment, y, *times, increments)
         coupling = jnp.asarray(solver.c, rows.left.dtype)
-        start, final_ = (y, begin.solver_state), (final.y, final.solver_state)
+        z = begin.solver_state
+        start, final_ = (y, z), (last, final.solver_state)
+
+    if charging is not solver:
+
+        def added(y: Any, z: Any, left: Any, right: Any, noise: Any) -> Any:
+            here = rows.source.install(all_terms, noise, left, right)
+            state = (z, terms.vf(left, z, args)) if heun else z
+            return charging.step(here, left, right, paired(y), args, state, False)[0][1]
+
+        charge = eqx.filter_closure_convert(added, y, z, *times, increments)
 
     save = None
     if emit is not None:
-        kept = lambda t, y0, y: inexact(emit(t, Carry(y, None, None), (None, {"y0": y0, "y1": y})))
+        dense = lambda y0, y: {"y0": y0, "y1": y}
+        if charging is not solver:
+            dense = lambda y0, y: {"dense": {"y0": y0, "y1": y}, "notes": paired(y)[1]}
+        kept = lambda t, y0, y: inexact(emit(t, Carry(paired(y), None, None), (None, dense(y0, y))))
         save = eqx.filter_closure_convert(kept, times[1], y, y)
     fetch = eqx.filter_closure_convert(fetch, noise, *times)
     all_rows = (rows.left, rows.right, rows.live, rows.noise)
-    return _Problem(step, half, fetch, save, coupling, all_rows, start, freeze(final_))
+    return _Problem(step, half, fetch, save, charge, coupling, all_rows, start, freeze(final_), notes)
 
 
 class _Undo(Lanes):
@@ -236,7 +275,7 @@ class _Undo(Lanes):
     def __init__(self, build: Any, places: Any, inputs: list[Any], batched: Any, chosen: list[int], every: int | None):
         super().__init__(build, inputs, batched)
         self.places, self.every = places, every
-        self.of_step = [i for i in chosen if i in set(jtu.tree_leaves((places.step, places.half)))]
+        self.of_step = [i for i in chosen if i in set(jtu.tree_leaves((places.step, places.half, places.charge)))]
         self.of_save = [i for i in chosen if i in set(jtu.tree_leaves(places.save))]
         self.problem = build(inputs)
 
@@ -244,16 +283,23 @@ class _Undo(Lanes):
         """What is carried from row to row, before the last one."""
         raise NotImplementedError
 
-    def back(self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]) -> tuple[Any, list[Any], list[Any]]:
-        """Undo a row: the carry before it, and what the inputs of the step and of the save function gain."""
+    def back(
+        self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]
+    ) -> tuple[Any, list[Any], list[Any], Any]:
+        """Undo a row: the carry before it, what the inputs of the step and of the save function gain, what was seen."""
         raise NotImplementedError
 
-    def leave(self, carry: Any) -> tuple[Any, Any, list[Any]]:
-        """The start as it was reconstructed, its cotangents, and what the inputs of the step gain."""
+    def leave(self, carry: Any, first: Callable[[], Any]) -> tuple[Any, Any, Any, list[Any]]:
+        """The start as it was reconstructed, the move from the true one, cotangents, and what the step's inputs gain.
+
+        Arguments:
+            first: reads the first row.
+        """
         raise NotImplementedError
 
-    def run(self, ct_y: Any, ct_z: Any, ct_saved: Any) -> tuple[dict[int, Any], Any]:
+    def run(self, ct_y: Any, ct_z: Any, ct_saved: Any, ct_notes: Any) -> tuple[dict[int, Any], Any]:
         """All cotangents that are wanted, and the defect."""
+        self.ct_notes = ct_notes
         rows = self.by_time(self.problem.rows, self.places.rows)
         length = jtu.tree_leaves(rows[0])[0].shape[0]
 
@@ -264,23 +310,43 @@ class _Undo(Lanes):
 
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             i, row = xs
-            state, of_step, of_save = carry
+            state, of_step, of_save, sizes = carry
             here, live = read(row)
-            saved = lambda y: self._pull_saved(i, here[1], y, ct_saved)
-            state, more, kept = self.back(state, here, live, saved)
-            return (state, add(of_step, more), add(of_save, kept)), None
+
+            def saved(y: Any) -> Any:
+                size = self._rms(y)
+                counts = size > 0 if live is None else (size > 0) & live
+                seen = (jnp.where(counts, jnp.where(counts, size, 1) ** -0.25, 0), counts.astype(size.dtype))
+                return self._pull_saved(i, here[1], y, ct_saved), seen
+
+            state, more, kept, seen = self.back(state, here, live, saved)
+            return (state, add(of_step, more), add(of_save, kept), add(sizes, seen)), None
 
         last, _ = read(jtu.tree_map(lambda x: x[-1], rows))
         gains = [[zeros(self.inputs[n]) for n in numbers] for numbers in (self.of_step, self.of_save)]
-        carry = (self.enter(last, ct_y, ct_z), *gains)
-        (state, of_step, of_save), _ = jax.lax.scan(body, carry, (jnp.arange(length), rows), reverse=True)
-        found, cts, more = self.leave(state)
+        sizes = zeros((self._rms(ct_y), self._rms(ct_y)))
+        carry = (self.enter(last, ct_y, ct_z), *gains, sizes)
+        (state, of_step, of_save, (inverse, count)), _ = jax.lax.scan(
+            body, carry, (jnp.arange(length), rows), reverse=True
+        )
+        found, move, cts, more = self.leave(state, lambda: read(jtu.tree_map(lambda x: x[0], rows))[0])
         out = dict(zip(self.of_step, add(of_step, more))) | dict(zip(self.of_save, of_save))
-        for place, value in leaves_by_number(self.places.start, cts):
+        ends = leaves_by_number(self.places.start, cts) + leaves_by_number(self.places.notes, ct_notes)
+        for place, value in ends:
             out[place] = self.reduced(place, value)
-        gap = lambda inputs, x: relative_gap(x, self.build(inputs).start[:2], self.build(inputs).final)
-        defect = self.over(gap, self.inputs, found)
+        # A mean that leans to the small: of a solution that grew, the size that it had early, beside which a gap at the
+        # start has to be seen; of one that began at zero, not the moment when it did.
+        usual = (count / jnp.where(inverse > 0, inverse, 1)) ** 4
+        measure = lambda inputs, found, move, usual: _defect(found, move, usual, self.build(inputs))
+        defect = self.over(measure, self.inputs, found, move, usual)
         return out, defect
+
+    def _rms(self, tree: Any) -> Any:
+        """The root mean square of all numbers of a solve."""
+        leaves = [jnp.square(jnp.abs(x)) for x in jtu.tree_leaves(tree)]
+        axes = lambda x: tuple(range(int(self.many), x.ndim))
+        count = sum(x.size for x in leaves) // (self.size if self.many else 1)
+        return jnp.sqrt(sum(x.sum(axis=axes(x)) for x in leaves) / count)
 
     def _pull_saved(self, i: Any, t: Any, y: Any, ct: Any) -> tuple[list[Any], Any, Any]:
         """Cotangents of the save function's inputs, of the state before row i and of the one after it, ``y``."""
@@ -299,9 +365,39 @@ class _Undo(Lanes):
             return pulled()
         return jax.lax.cond((i + 1) % self.every == 0, pulled, lambda: nothing)
 
+    def charged(self, y: Any, z: Any, row: Any, live: Any) -> tuple[list[Any], Any, Any]:
+        """Cotangents of the step's inputs and of the state (y, z) from what the row that starts there was charged."""
+        if self.problem.charge is None:
+            return [zeros(self.inputs[n]) for n in self.of_step], zeros(y), zeros(z)
+        charge = lambda problem, y, z, row: (problem.charge(y, z, *row), None)
+        _, pull, _ = self.vjp(charge, self.of_step, (y, z), (row,))
+        return pull(self.only(live, self.ct_notes))
+
     def only(self, live: Any, tree: Any) -> Any:
         """Cotangents of a row: none where it is padding."""
         return tree if live is None else where(live, tree, zeros(tree))
+
+
+def _defect(found: tuple[Any, ...], move: Any, usual: Any, problem: _Problem) -> Any:
+    """How far the reconstructed start is from the true one.
+
+    The end says nothing of how large a gap is: where a solution grew, what is small beside the end may be large beside
+    the start, and a wrong start has wrong slopes.
+
+    Arguments:
+        found: the start as it was reconstructed.
+        move: the first step from the true start.
+        usual: a mean of the sizes of the solution that leans to the small.
+    """
+    flat = lambda tree: jnp.concatenate([jnp.abs(x).ravel() for x in jtu.tree_leaves(tree)])
+    rms = lambda x: jnp.sqrt(jnp.mean(x**2))
+    begin, (left, _, live, _) = problem.start[:2], problem.rows
+    steps = left.shape[0] if live is None else jnp.maximum(live.sum(), 1)
+    size = jnp.maximum(rms(flat(begin)), steps * rms(flat(move)))
+    # Where a start of zero does not move at first either, only what comes later says what is large.
+    size = jnp.where(size < usual / 100, usual / 10, size)
+    gap = rms(flat(jtu.tree_map(jnp.subtract, found, begin)))
+    return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), gap)
 
 
 class _UndoHeun(_Undo):
@@ -312,13 +408,18 @@ class _UndoHeun(_Undo):
         ct_u = jtu.tree_map(lambda a, b: a + 2 * b, ct_y, ct_z)
         return (y, z, last, more), (ct_u, jtu.tree_map(jnp.negative, ct_z), zeros(ct_y))
 
-    def back(self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]) -> tuple[Any, list[Any], list[Any]]:
+    def back(
+        self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]
+    ) -> tuple[Any, list[Any], list[Any], Any]:
         (u, z, after, more), (ct_u, ct_z, pending) = carry
         step = lambda problem, *x: problem.step(*x)
         _, pull, (before, beyond) = self.vjp(step, self.of_step, (zeros(u), z), (here, after, more))
         y = jtu.tree_map(jnp.subtract, u, beyond)
-        of_save, ct_before, ct_y = saved(y)
-        held, new_u, new_z = pull(self.only(live, (add(ct_y, pending), ct_u, ct_z)))
+        (of_save, ct_before, ct_y), seen = saved(y)
+        charged = more if live is None else more & live
+        of_charge, of_y, of_z = self.charged(y, z, after, charged)
+        held, new_u, new_z = pull(self.only(live, (add(add(ct_y, pending), of_y), ct_u, ct_z)))
+        held, new_z = add(held, of_charge), add(new_z, of_z)
         u1 = jtu.tree_map(jnp.subtract, y, before)
         z1 = jtu.tree_map(lambda u, z: 2 * u - z, u1, z)
         new = (u1, z1, here, jnp.ones_like(more)), (new_u, new_z, ct_before)
@@ -326,21 +427,23 @@ class _UndoHeun(_Undo):
             # What padding kept is the last state, whose cotangent this then is.
             ct_u = add(ct_u, add(ct_before, ct_y))
             new = where(live, new, ((u, z, after, more), (ct_u, ct_z, pending)))
-        return new, held, of_save
+        return new, held, of_save, seen
 
-    def leave(self, carry: Any) -> tuple[Any, Any, list[Any]]:
+    def leave(self, carry: Any, first: Callable[[], Any]) -> tuple[Any, Any, Any, list[Any]]:
+        del first
         (u, z, after, more), (ct_u, ct_z, pending) = carry
 
-        def first(problem: _Problem, y: Any, z: Any, v: Any, after: Any, more: Any) -> Any:
+        def begin(problem: _Problem, y: Any, z: Any, v: Any, after: Any, more: Any) -> Any:
             half = jtu.tree_map(lambda x: jnp.where(more, x, 0), problem.half(v, *after))
             u = add(y, half)
             return (u, jtu.tree_map(lambda u, z: 2 * u - z, u, z)), half
 
         start = self.for_all(self.problem.start, self.places.start)
-        _, pull, half = self.vjp(first, self.of_step, start, (after, more))
+        _, pull, half = self.vjp(begin, self.of_step, start, (after, more))
         held, ct_y, ct_hat, ct_v = pull((ct_u, ct_z))
+        of_charge, of_y, of_z = self.charged(start[0], start[1], after, more)
         found = (jtu.tree_map(jnp.subtract, u, half), z)
-        return found, (add(ct_y, pending), ct_hat, ct_v), held
+        return found, add(half, half), (add(add(ct_y, pending), of_y), add(ct_hat, of_z), ct_v), add(held, of_charge)
 
 
 class _UndoCoupled(_Undo):
@@ -348,13 +451,15 @@ class _UndoCoupled(_Undo):
         del last
         return self.for_all(self.problem.final, self.places.final), (ct_y, ct_z, zeros(ct_y))
 
-    def back(self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]) -> tuple[Any, list[Any], list[Any]]:
+    def back(
+        self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]
+    ) -> tuple[Any, list[Any], list[Any], Any]:
         (y1, z1), (ct_y, ct_z, pending) = carry
         left, right, noise = here
         c = self.for_all(self.problem.coupling, self.places.coupling)
         times = lambda c, x: jnp.reshape(c, jnp.shape(c) + (1,) * (x.ndim - jnp.ndim(c))).astype(x.dtype) * x
         step = lambda problem, *x: (problem.step(*x), None)
-        of_save, ct_before, ct_after = saved(y1)
+        (of_save, ct_before, ct_after), seen = saved(y1)
         total = add(ct_y, add(ct_after, pending))
 
         down = tuple(map(backwards, noise))
@@ -366,11 +471,17 @@ class _UndoCoupled(_Undo):
         held_too, more = pull(self.only(live, total))
         y = jtu.tree_map(lambda y1, z, psi: times(1 / c, y1 - times(1 - c, z) - psi), y1, z, psi)
         new_z = jtu.tree_map(lambda a, b, more: a + times(1 - c, b) + more, ct_z, total, more)
-        new = (y, z), (jtu.tree_map(lambda x: times(c, x), total), new_z, ct_before)
+        of_charge, of_y, of_z = self.charged(y, z, here, live)
+        new_y = jtu.tree_map(lambda x, more: times(c, x) + more, total, of_y)
+        new = (y, z), (new_y, add(new_z, of_z), ct_before)
         if live is not None:
             new = where(live, new, ((y1, z1), (add(ct_y, add(ct_before, ct_after)), ct_z, pending)))
-        return new, add(held, held_too), of_save
+        return new, add(add(held, held_too), of_charge), of_save, seen
 
-    def leave(self, carry: Any) -> tuple[Any, Any, list[Any]]:
+    def leave(self, carry: Any, first: Callable[[], Any]) -> tuple[Any, Any, Any, list[Any]]:
         (y, z), (ct_y, ct_z, pending) = carry
-        return (y, z), (add(ct_y, pending), ct_z), [zeros(self.inputs[n]) for n in self.of_step]
+        _, start = self.for_all(self.problem.start, self.places.start)
+        left, right, noise = first()
+        step = lambda inputs, *x: self.build(inputs).step(*x)
+        move = self.over(step, self.inputs, start, left, right, noise)
+        return (y, z), move, (add(ct_y, pending), ct_z), [zeros(self.inputs[n]) for n in self.of_step]

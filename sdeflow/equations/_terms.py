@@ -4,6 +4,7 @@
 structure, shape and dtype with the state while tracing, which costs nothing at run time.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 
 def _describe(x: Any) -> str:
-    return eqx.tree_pformat(x, short_arrays=True, width=200).replace("\n", " ")
+    return eqx.tree_pformat(x, short_arrays=True, struct_as_array=True, width=200).replace("\n", " ")
 
 
 def check_like(out: Any, y: Any, what: str, advice: str = "") -> Any:
@@ -107,7 +108,48 @@ def check_operator(operator: lx.AbstractLinearOperator, y: PyTree[Array]) -> Non
     )
     if not same:
         raise ValueError(
-            f"The diffusion's operator must map the noise to the state {_describe(y)}, but maps to {_describe(out)}."
+            f"The diffusion's operator must map the noise to the state {_describe(y)}, but maps to {_describe(out)}: "
+            "return a lineax operator from the noise to the state."
+        )
+    for o, x in zip(jtu.tree_leaves(out), jtu.tree_leaves(y)):
+        wanted = jnp.result_type(x)
+        if not jnp.issubdtype(o.dtype, jnp.inexact) or jnp.promote_types(o.dtype, wanted) != wanted:
+            raise ValueError(
+                f"The diffusion's operator must map to dtype {wanted}, but maps to {o.dtype}: cast its entries."
+            )
+
+
+def check_raw_term(term: diffrax.AbstractTerm, t: Any, y: PyTree, args: Any) -> None:
+    """Check that a plain diffrax term moves every entry of the state, while tracing.
+
+    diffrax itself would broadcast an ``ODETerm`` of another shape into a wrong answer.
+
+    Raises:
+        ValueError: naming the shapes.
+    """
+    if type(term) not in (diffrax.ODETerm, diffrax.ControlTerm):
+        return
+    # Not the term's own vf, which broadcasts already.
+    field = term.vector_field(t, y, args)  # pyright: ignore
+    if type(term) is diffrax.ODETerm:
+        _check_shapes(field, y, "vector field of the ODETerm")
+        return
+    control = term.contr(t, t)
+    if isinstance(field, lx.AbstractLinearOperator):
+        check_operator(field, y)
+        check_noise(control, field.in_structure())
+    else:
+        _check_shapes(term.prod(field, control), y, "vector field of the ControlTerm, times its control,")
+
+
+def _check_shapes(out: Any, y: Any, what: str) -> None:
+    same = jtu.tree_structure(out) == jtu.tree_structure(y) and all(
+        jnp.shape(o) == jnp.shape(x) for o, x in zip(jtu.tree_leaves(out), jtu.tree_leaves(y))
+    )
+    if not same:
+        raise ValueError(
+            f"The {what} must have the structure and shapes of the state, {_describe(y)}, but is {_describe(out)}; "
+            "sdeflow never broadcasts."
         )
 
 
@@ -121,7 +163,9 @@ def check_noise(control: Any, wanted: Any) -> None:
         jnp.shape(w) == jnp.shape(g) for w, g in zip(jtu.tree_leaves(control), jtu.tree_leaves(wanted))
     )
     if not same:
+        sizes = [sum(math.prod(jnp.shape(x)) for x in jtu.tree_leaves(tree)) for tree in (wanted, control)]
         raise ValueError(
             f"The diffusion is applied to noise like {_describe(wanted)}, but the path's increments are "
-            f"{_describe(control)}: give the path the structure of the noise; sdeflow never broadcasts."
+            f"{_describe(control)} (noise size m={sizes[0]}, path has k={sizes[1]}): give the path the structure of "
+            "the noise; sdeflow never broadcasts."
         )

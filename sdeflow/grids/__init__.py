@@ -5,3 +5,4 @@ from ._build import subdivide as subdivide
 from ._build import through as through
 from ._build import uniform as uniform
 from ._grid import Grid as Grid
+from ._steer import steer_end_time as steer_end_time

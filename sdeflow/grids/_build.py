@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._compat import is_concrete
-from ._grid import Grid
+from ._grid import Grid, beside
 
 
 def host_times(ts: Any) -> np.ndarray:
@@ -58,41 +58,107 @@ def check_count(value: Any, name: str) -> int:
     return int(value)
 
 
-def through(ts: Any, dt0: float | None = None, num_steps: int | None = None) -> Grid:
+def check_dt0(dt0: Any, gap: float | None = None) -> float:
+    """A finite step length that is not zero, and of the sign of ``gap`` if that is given.
+
+    Raises:
+        ValueError: for any other number.
+        TypeError: if it is not a number.
+    """
+    if np.ndim(dt0) != 0 or isinstance(dt0, str | bool) or np.asarray(dt0).dtype.kind not in "iuf":
+        raise TypeError(f"dt0 must be a number, the length of a step, got {dt0!r}.")
+    dt0 = float(dt0)
+    if not np.isfinite(dt0) or dt0 == 0 or (gap is not None and dt0 * gap <= 0):
+        sign = "" if gap is None else f" and of the sign of ts[1]-ts[0]={gap:g}"
+        raise ValueError(f"dt0 must be finite, not zero{sign}, got {dt0}.")
+    return dt0
+
+
+def _within(jumps: Any, times: np.ndarray, precision: Any) -> np.ndarray:
+    """The jumps as float64, each once and in the order of the times; those beside a requested time lie on it.
+
+    Raises:
+        ValueError: for jumps that are traced, not finite, not one-dimensional or outside of the times.
+    """
+    if not is_concrete(jumps):
+        raise ValueError("jumps is traced, so it cannot choose a static number of steps: pass it as a NumPy array.")
+    found = np.asarray(jumps, np.float64)
+    if found.ndim != 1 or not np.isfinite(found).all():
+        raise ValueError(f"jumps must be finite and one-dimensional, got {found.tolist()}.")
+    slack = 8 * np.finfo(precision).eps * np.abs(times).max()
+    low, high = times.min(), times.max()
+    outside = (found < low - slack) | (found > high + slack)
+    if outside.any():
+        raise ValueError(
+            f"jumps[{int(np.argmax(outside))}]={found[outside][0]:g} lies outside of ts, which runs from "
+            f"{times[0]:g} to {times[-1]:g}."
+        )
+    nearest = times[np.abs(found[:, None] - times).argmin(axis=1)]
+    found = np.unique(np.where(np.abs(found - nearest) <= slack, nearest, found))
+    return found if times[-1] > times[0] else found[::-1]
+
+
+def _off(grid: Grid, jumps: np.ndarray) -> Grid:
+    """The grid, its steps taken off the jumps that they meet."""
+    left, right = grid.left.copy(), grid.right.copy()
+    left = np.where(np.isin(left, jumps), beside(left, right), left)
+    right = np.where(np.isin(right, jumps), beside(right, grid.left), right)
+    return Grid(left, right, grid.live, grid.save, np.isin(grid.left, jumps))
+
+
+def through(
+    ts: Any, dt0: float | None = None, num_steps: int | None = None, jumps: Sequence[float] | np.ndarray | None = None
+) -> Grid:
     """The grid that lands exactly on every requested time, with equal steps of at most ``dt0`` in between.
 
-    The interval from ``ts[j]`` to ``ts[j+1]`` is cut into ``ceil(gap / dt0)`` equal steps, in float64.
+    The interval from ``ts[j]`` to ``ts[j+1]`` is cut into ``ceil(gap / dt0)`` equal steps, in float64. Where the field
+    jumps or has a kink (a drift that is switched, a control made of straight lines), steps must not go across: a solver
+    would lose its order, and one that keeps its last slope for the next step would start with the wrong one.
 
     Arguments:
         ts: shape (n,), n >= 2, strictly increasing, or strictly decreasing for reverse time. Not traced.
         dt0: the largest step, signed like ``ts[1] - ts[0]``. None takes one step per interval.
         num_steps: pad with dead rows up to this many, so that grids of different lengths share one shape.
+        jumps: times from ``ts[0]`` to ``ts[-1]`` where the field may be discontinuous, in any order. One step ends just
+            before such a time, by one unit in the last place, and the next begins just after it with its ``jump`` set,
+            so that it does not matter on which side the field has its value there.
 
     Raises:
         ValueError: for times that are traced or not strictly monotone, a ``dt0`` that is zero, not finite or of the
-            wrong sign, a ``num_steps`` below the steps needed, or steps below the resolution of the times.
+            wrong sign, a ``num_steps`` below the steps needed, ``jumps`` outside of the times, or steps below the
+            resolution of the times.
+        TypeError: for a ``dt0`` that is not a number.
 
     Example:
         >>> import sdeflow as sf
         >>> grid = sf.grids.through([0.0, 1.0, 1.5], dt0=0.5, num_steps=8)
         >>> int(grid.num_steps), grid.num_rows, grid.save.tolist()
         (3, 8, [0, 2, 3])
+        >>> sf.grids.through([0.0, 1.0], dt0=0.5, jumps=[0.75]).jump.tolist()
+        [False, False, True]
     """
     precision = np.float32 if getattr(ts, "dtype", None) == np.float32 else np.float64
     times = host_times(ts)
+    kept = np.arange(times.size)
+    if jumps is not None:
+        jumps = _within(jumps, times, precision)
+        knots = np.union1d(times, jumps)
+        requested, times = times, knots if times[-1] > times[0] else knots[::-1]
+        kept = np.flatnonzero(np.isin(times, requested))
     gaps = np.diff(times)
     if dt0 is None:
         counts = np.ones(gaps.size, dtype=np.int64)
     else:
         if not is_concrete(dt0):
             raise ValueError("dt0 is traced, so it cannot choose a static number of steps: pass grid= instead.")
-        dt0 = float(dt0)
-        if not np.isfinite(dt0) or dt0 * gaps[0] <= 0:
-            raise ValueError(f"dt0 must be finite, not zero and of the sign of ts[1]-ts[0]={gaps[0]:g}, got {dt0}.")
+        dt0 = check_dt0(dt0, gaps[0])
         # Times that were rounded to their own precision must not cost an extra step.
         slack = 8 * np.finfo(precision).eps * np.abs(times).max() / abs(dt0) + 1e-12
         counts = np.maximum(1, np.ceil(gaps / dt0 - slack)).astype(np.int64)
     grid = cut(times, counts)
+    grid = Grid(grid.left, grid.right, grid.live, grid.save[kept])
+    if jumps is not None:
+        grid = _off(grid, jumps)  # pyright: ignore[reportArgumentType]
     if num_steps is None:
         return grid
     return grid.pad(check_count(num_steps, "num_steps"))

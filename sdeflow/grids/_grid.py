@@ -8,6 +8,7 @@ before the ``j``-th requested time, so ``save[0] = 0`` and ``save[-1]`` is the n
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.dtypes
 import jax.numpy as jnp
 import numpy as np
@@ -29,17 +30,50 @@ def check_resolution(left: np.ndarray, right: np.ndarray, dtype: Any) -> None:
     Raises:
         ValueError: if a step is shorter than 8 units in the last place of the largest time.
     """
-    if left.size == 0:
-        return
-    largest = max(np.abs(left).max(), np.abs(right).max())
-    shortest = np.abs(right - left).min()
+    if left.size:
+        largest = max(np.abs(left).max(), np.abs(right).max())
+        check_step(np.abs(right - left).min(), largest, dtype, "shortest step of the grid")
+
+
+def check_step(shortest: float, largest: float, dtype: Any, what: str) -> None:
+    """Refuse a step that the dtype cannot tell apart from rounding.
+
+    Arguments:
+        shortest: the length of the step.
+        largest: the largest time.
+        what: what the step is called in the error.
+
+    Raises:
+        ValueError: if it is shorter than 8 units in the last place of the largest time.
+    """
     limit = ULPS * np.spacing(np.asarray(largest, dtype=dtype))
     if shortest < limit:
         raise ValueError(
-            f"The shortest step of the grid is {shortest:.3g}, below {ULPS} units in the last place of the largest "
+            f"The {what} is {shortest:.3g}, below {ULPS} units in the last place of the largest "
             f"time {largest:.6g} in {np.dtype(dtype).name} ({float(limit):.3g}): shift and scale the times to O(1), "
             "or switch on 64-bit floats."
         )
+
+
+def beside(t: Any, towards: Any) -> Any:
+    """The next number of the dtype of ``t`` in that direction, which is normal: XLA takes smaller ones for zero."""
+    xp = jnp if isinstance(t, jax.Array) else np
+    tiny = np.finfo(t.dtype).tiny
+    # A shift by a constant, so that gradients in the times go through; nextafter has none.
+    at, towards = jax.lax.stop_gradient((t, towards)) if xp is jnp else (t, towards)
+    near = xp.where(at == 0, xp.where(towards > at, tiny, -tiny), xp.nextafter(at, towards))
+    return t + (near - at)
+
+
+def cast(grid: "Grid", dtype: Any) -> "Grid":
+    """The grid on the device, its times of this dtype; the ends on either side of a jump stay on their sides."""
+    left, right = jnp.asarray(grid.left, dtype), jnp.asarray(grid.right, dtype)
+    if grid.jump is not None and left.shape[0] > 1:
+        at = jnp.asarray(grid.jump)[1:] & (right[:-1] == left[1:])
+        before, after = beside(right[:-1], left[:-1]), beside(left[1:], right[1:])
+        right = right.at[:-1].set(jnp.where(at, before, right[:-1]))
+        left = left.at[1:].set(jnp.where(at, after, left[1:]))
+    return Grid(left, right, grid.live, grid.save, grid.jump)
 
 
 class Grid(eqx.Module):
@@ -54,7 +88,8 @@ class Grid(eqx.Module):
         right: shape (N,), where each step ends.
         live: shape (N,), False for padding, which comes last and repeats the last live step.
         save: shape (n,), how many live steps precede each requested time.
-        jump: shape (N,), whether the field may be discontinuous at ``left``; None if it never is.
+        jump: shape (N,), whether the field may be discontinuous where the step begins; None if it never is. Such a step
+            begins just after the discontinuity, and the one before ends just before it.
 
     Raises:
         ValueError: for concrete arrays whose shapes disagree, whose steps do not all go one way or leave gaps,

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from ._grid_brownian import GridBrownian, nan_like
 from ._increments import backwards
+from ._tree import quiet
 
 
 def _is_brownian(x: Any) -> bool:
@@ -84,8 +85,8 @@ class BothWays(diffrax.AbstractBrownianPath):
     def evaluate(self, t0: Any, t1: Any = None, left: bool = True, use_levy: bool = False) -> Any:
         """The increment from ``t0`` to ``t1``, which may come first."""
         if t1 is None:
-            return self.path.evaluate(t0, left=left, use_levy=use_levy)
-        row = self.path.evaluate(jnp.minimum(t0, t1), jnp.maximum(t0, t1), left=left, use_levy=True)
+            return quiet(self.path).evaluate(t0, left=left, use_levy=use_levy)
+        row = quiet(self.path).evaluate(jnp.minimum(t0, t1), jnp.maximum(t0, t1), left=left, use_levy=True)
         row = jtu.tree_map(lambda x, y: jnp.where(t0 <= t1, x, y), row, backwards(row))
         return row if use_levy else row.W
 

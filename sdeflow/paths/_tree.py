@@ -6,6 +6,7 @@ two descents of log2(1/tol) levels. On a dyadic grid (2^L equal steps) the rows 
 gives all of them, with 2^L normals for each field and no descent. Other grids are asked row by row, in one batch.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -20,6 +21,35 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ..grids import Grid
 from ._increments import backwards
+
+
+class QuietTree(diffrax.VirtualBrownianTree):
+    """``diffrax.VirtualBrownianTree``, which answers NaN outside of its times.
+
+    diffrax checks that at run time, by a call back to the host, and no program that holds one is kept by JAX's
+    persistent cache.
+    """
+
+    def _evaluate(self, r: Any) -> Any:
+        r = jnp.where((r < 0) | (r > 1), jnp.nan, r)
+        return jtu.tree_map(lambda key, shape: self._evaluate_leaf(key, r, shape), self.key, self.shape)
+
+
+def quiet(path: Any) -> Any:
+    """The path, a tree of diffrax's turned into one that calls nothing back."""
+    if type(path) is not diffrax.VirtualBrownianTree:
+        return path
+    out = object.__new__(QuietTree)
+    for field in dataclasses.fields(path):
+        object.__setattr__(out, field.name, getattr(path, field.name))
+    return out
+
+
+def quiet_tree(t0: Any, t1: Any, tol: Any, structure: Any, key: PRNGKeyArray, levy_area: type) -> Any:
+    """The tree of diffrax over times that may be traced, in increasing order."""
+    tree = diffrax.VirtualBrownianTree(0.0, 1.0, 0.5, structure, key, levy_area)
+    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
+    return quiet(eqx.tree_at(lambda x: (x.t0, x.t1, x.tol), tree, (t0, t1, tol / (t1 - t0))))
 
 
 def tree_table(grid: Grid, structure: Any, key: PRNGKeyArray, levy_area: type) -> Any:
@@ -48,9 +78,7 @@ def dyadic_levels(grid: Grid) -> int | None:
 def _by_query(grid: Grid, structure: Any, key: PRNGKeyArray, levy_area: type) -> Any:
     left, right = jnp.asarray(grid.left), jnp.asarray(grid.right)
     low, high = jnp.minimum(left, right), jnp.maximum(left, right)
-    tree = diffrax.VirtualBrownianTree(
-        low.min(), high.max(), (high - low).min() / 2, structure, key=key, levy_area=levy_area
-    )
+    tree = quiet_tree(low.min(), high.max(), (high - low).min() / 2, structure, key, levy_area)
     rows = jax.vmap(lambda a, b: tree.evaluate(a, b, use_levy=True))(low, high)
     rows = jtu.tree_map(lambda x, y: jnp.where(_lead(left <= right, x), x, y), rows, backwards(rows))
     # The tree's own dt is off by the root of its length when the structure has several leaves.

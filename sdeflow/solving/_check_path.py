@@ -3,30 +3,41 @@
 from typing import Any
 
 import diffrax
+import jax.tree_util as jtu
 import numpy as np
 
 from .._compat import is_concrete
 from ..grids import Grid
-from ..paths import GridBrownian
+from ..paths import GridBrownian, LinearControl
 from ..paths._grid_brownian import LEVY_AREAS
 from ..walking import asks_within
 from ._choose import levy_area_for
 
 
-def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | None) -> None:
+def check_path(
+    path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | None, *, adaptive: bool, dt0: Any
+) -> None:
     """Refuse a path that the solver cannot use, that ends too early, or that is too coarse for the steps.
 
     Arguments:
         grid: the steps, if they are fixed. What is traced is not checked.
+        adaptive: whether the steps adapt.
+        dt0: the first step of adaptive ones, if it is given.
 
     Raises:
         TypeError: if it is not a diffrax path.
-        ValueError: if it lacks the Levy area that the solver needs, does not cover ``ts``, or is a
-            ``VirtualBrownianTree`` whose tolerance is more than half of the shortest step.
+        ValueError: if it lacks the Levy area that the solver needs, knows other steps only, does not cover ``ts``, or
+            is a ``VirtualBrownianTree`` whose tolerance is more than half of the shortest step.
     """
     if not isinstance(path, diffrax.AbstractPath):
         raise TypeError(f"path must be a diffrax path such as sf.paths.GridBrownian(...), got {type(path).__name__}.")
     kind = type(path).__name__
+    if adaptive and isinstance(path, GridBrownian | diffrax.UnsafeBrownianPath):
+        knows = "knows the steps of its grid only" if isinstance(path, GridBrownian) else "cannot take a step again"
+        raise ValueError(
+            f"Adaptive steps need noise that can be asked anywhere, but the {kind} {knows}: pass key= instead, or "
+            "path=diffrax.VirtualBrownianTree(...)."
+        )
     if asks_within(solver) and isinstance(path, GridBrownian):
         raise ValueError(
             "HalfSolver asks for halves of its steps, which a GridBrownian does not know: pass key= instead, or "
@@ -43,19 +54,19 @@ def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | 
         return
     low, high = sorted((float(ends[0]), float(ends[1])))
     times = np.asarray(ts, np.float64)
-    slack = 1e-5 * np.ptp(times)
+    slack = 1e-5 * np.ptp(times) + 8 * np.spacing(np.abs(times).max().astype(np.float32))
     if times.min() < low - slack or times.max() > high + slack:
         raise ValueError(
             f"The {kind} covers times from {low:g} to {high:g}, but ts runs from {times[0]:g} to {times[-1]:g}: build "
             "it to cover all of ts."
         )
-    if (
-        isinstance(path, diffrax.VirtualBrownianTree)
-        and grid is not None
-        and is_concrete(path.tol)
-        and grid.is_concrete
-    ):
-        shortest = float(np.abs(np.asarray(grid.right) - np.asarray(grid.left)).min())
+    if isinstance(path, GridBrownian) and grid is not None and grid.is_concrete and path.grid.is_concrete:
+        _check_rows(path.grid, grid)
+    steps = None if grid is None or not grid.is_concrete else np.asarray(grid.right) - np.asarray(grid.left)
+    if steps is None and dt0 is not None and is_concrete(dt0):
+        steps = np.asarray(dt0)
+    if isinstance(path, diffrax.VirtualBrownianTree) and steps is not None and is_concrete(path.tol):
+        shortest = float(np.abs(steps).min())
         shortest = shortest / 2 if asks_within(solver) else shortest
         # The tree keeps its tolerance as a fraction of the interval that it covers.
         tol = float(path.tol) * (high - low)
@@ -64,3 +75,43 @@ def check_path(path: Any, solver: diffrax.AbstractSolver, ts: Any, grid: Grid | 
                 f"The VirtualBrownianTree's tol={tol:g} is more than half of the shortest step "
                 f"{shortest:g}, so its increments would have the wrong statistics: make tol smaller."
             )
+
+
+def controls_cut_short(tree: Any, ts: Any) -> str:
+    """A sentence about data that ends before the solve does, which makes NaN of the solution; empty if there is none.
+
+    Arguments:
+        tree: where controls may be, such as the arguments of the drift.
+    """
+    is_control = lambda x: isinstance(x, LinearControl)
+    for control in jtu.tree_leaves(tree, is_leaf=is_control):
+        if is_control(control) and control.extrapolate == "error" and is_concrete(control.times, ts):
+            low, high = float(control.t0), float(control.t1)
+            times = np.asarray(ts, np.float64)
+            if times.min() < low or times.max() > high:
+                return (
+                    f" A LinearControl covers times from {low:g} to {high:g}, but ts runs from {times[0]:g} to "
+                    f'{times[-1]:g}: use extrapolate="flat" to hold its ends.'
+                )
+    return ""
+
+
+def _check_rows(known: Grid, grid: Grid) -> None:
+    """Check that every step is one of those that a ``GridBrownian`` knows, as it finds them itself."""
+    lows, highs = (np.sort(x) for x in _ends(known))
+    low, high = _ends(grid)
+    index = np.clip(np.searchsorted(lows, (low + high) / 2, side="right") - 1, 0, lows.size - 1)
+    quarter = (highs - lows)[index] / 4
+    other = (np.abs(low - lows[index]) > quarter) | (np.abs(high - highs[index]) > quarter)
+    if other.any():
+        i = int(np.argmax(other))
+        raise ValueError(
+            f"The GridBrownian knows the steps of its own grid, {known!r}, and none from {low[i]:g} to {high[i]:g}: "
+            "drop dt0= or steps_per_interval=, or build the path on the grid of the solve."
+        )
+
+
+def _ends(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    left, right = np.asarray(grid.left, np.float64), np.asarray(grid.right, np.float64)
+    live = np.asarray(grid.live)
+    return np.minimum(left, right)[live], np.maximum(left, right)[live]

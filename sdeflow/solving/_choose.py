@@ -13,9 +13,10 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .._compat import use_stepsize_tol
-from ..adjoints import DiscreteAdjoint
+from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
 from ..solvers import McCallumFoster
+from ..solvers._charging import Charging
 from ..solvers._unrolled import unrolled
 from ..walking import asks_within
 
@@ -27,7 +28,10 @@ def choose_solver(equation: AbstractEquation, fixed: bool) -> tuple[diffrax.Abst
     """The solver for an equation when none is given.
 
     Arguments:
-        fixed: whether the steps are fixed; only an ordinary equation may go without.
+        fixed: whether the steps are fixed.
+
+    Raises:
+        ValueError: for adaptive steps of an Ito equation with state-dependent noise, which no solver takes.
     """
     if not equation.is_stochastic:
         return diffrax.Tsit5(), "order 5, the usual choice for ordinary equations"
@@ -36,6 +40,11 @@ def choose_solver(equation: AbstractEquation, fixed: bool) -> tuple[diffrax.Abst
     if equation.additive:
         return diffrax.ShARK(), "strong order 1.5 for additive noise"
     if equation.interpretation == "ito":
+        if not fixed:
+            raise ValueError(
+                "Adaptive steps of an Ito equation with state-dependent noise have no default solver, as none of them "
+                "estimates its error: solve equation.to_stratonovich(), or fix the steps with dt0=."
+            )
         return diffrax.Euler(), "converges to the Ito solution for any noise"
     return diffrax.Heun(), "converges to the Stratonovich solution for any noise"
 
@@ -44,11 +53,19 @@ def check_interpretation(equation: AbstractEquation, solver: diffrax.AbstractSol
     """Refuse a solver that converges to another process than the equation means.
 
     Raises:
-        ValueError: for state-dependent noise and a solver of the other calculus, or Ito noise run backwards in time.
+        ValueError: for state-dependent noise and a solver of the other calculus, or of neither, or Ito noise run
+            backwards in time.
     """
     if not equation.is_stochastic or equation.additive:
         return
     name = type(solver).__name__
+    if isinstance(solver, McCallumFoster) and isinstance(solver.solver, diffrax.Euler):
+        # Backwards in time it tends to another process, from which the first copy drifts away.
+        raise ValueError(  # noqa: TRY004
+            "Euler steps taken back and forth, as McCallumFoster takes them, converge to no solution when the noise "
+            "depends on the state: use McCallumFoster(diffrax.Heun()) on a Stratonovich equation, or "
+            "McCallumFoster(sf.solvers.DiagonalMilstein()) on an Ito one."
+        )
     ito = isinstance(solver, diffrax.AbstractItoSolver)
     stratonovich = isinstance(solver, diffrax.AbstractStratonovichSolver)
     if equation.interpretation == "ito" and not ito:
@@ -68,6 +85,48 @@ def check_interpretation(equation: AbstractEquation, solver: diffrax.AbstractSol
             "An Ito equation with state-dependent noise has two inequivalent limits when ts decreases: solve "
             "equation.to_stratonovich(), whose reverse-time limit is unique."
         )
+
+
+def check_adapts(solver: diffrax.AbstractSolver, noisy: bool) -> None:
+    """Refuse a solver that cannot be driven by an adaptive controller.
+
+    Raises:
+        ValueError: for Euler's method with noise, whose error estimates choose steps that depend on the noise.
+    """
+    # diffrax answers for what a HalfSolver wraps, too.
+    if noisy and isinstance(solver, diffrax.Euler):
+        raise ValueError(
+            "An SDE should not be solved with adaptive step sizes with Euler's method, as it may converge to another "
+            "process: use diffrax.Heun() on equation.to_stratonovich(), or fix the steps with dt0=."
+        )
+
+
+def wrong_backwards(
+    solver: diffrax.AbstractSolver, noisy: bool, adjoint: diffrax.AbstractAdjoint, event: Any, endless: bool
+) -> bool:
+    """Whether the steps of this solve are right only as long as time increases.
+
+    diffrax mirrors decreasing times, where its stochastic Runge-Kutta solvers have the wrong sign of the drift. A walk
+    does not mirror them, and neither do adaptive steps under an adjoint of ours.
+
+    Arguments:
+        endless: whether the steps adapt without a bound on their number, which diffrax takes too.
+    """
+    by_diffrax = event is not None or endless or not isinstance(adjoint, AbstractWalkAdjoint)
+    return by_diffrax and noisy and any(isinstance(one, diffrax.AbstractSRK) for one in _solvers_within(solver))
+
+
+def check_backwards(solver: diffrax.AbstractSolver) -> None:
+    """Refuse steps that would be wrong, for times that decrease.
+
+    Raises:
+        ValueError: always, with what to do instead.
+    """
+    raise ValueError(
+        f"diffrax runs {type(solver).__name__} backwards in time with the wrong sign of the drift, and this solve "
+        "leaves the steps to diffrax: drop adjoint= and event= (and set max_steps=), or use a solver such as "
+        "diffrax.Heun()."
+    )
 
 
 def resolve_tolerances(solver: Any, dtype: Any, controller: Any = None) -> Any:
@@ -163,6 +222,8 @@ def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
         # diffrax's loop over stages finds its first slope within the first step, which the whole step takes once more.
         twice = isinstance(solver.solver, diffrax.AbstractERK) and unrolled(solver.solver, 3) is None
         return 3 * inner[0], inner[1] * (2 if twice else 1)
+    if isinstance(solver, Charging):
+        return evaluations(solver.solver)
     if isinstance(solver, McCallumFoster):
         # No slope is carried over to the next step, as it would belong to the other copy.
         inner = evaluations(solver.solver)

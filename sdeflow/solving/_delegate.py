@@ -1,6 +1,9 @@
 """What the walk does not do itself goes to ``diffrax.diffeqsolve``: adaptive steps, events, diffrax's own adjoints."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffrax
@@ -10,15 +13,19 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._compat import is_term
+from .._compat import SaveState, is_term, unwrap
 from .._results import RESULTS, is_okay, promote
+from ..adjoints import AbstractWalkAdjoint
 from ..equations._terms import DiffusionTerm, DriftTerm
+from ..solvers import McCallumFoster
+from ..solvers._charging import Charging
 from ..solvers._unrolled import StandIn
 from ..walking import prepare_solver
 from ._choose import evaluations, resolve_tolerances
 from ._guard import GuardedController
 from ._plan import Plan
 from ._solution import all_finite
+from ._traced_times import any_times
 
 # Solvers that diffrax's continuous adjoint can run backwards with noise: all others fail there, in various ways.
 _BACKSOLVABLE = (diffrax.Heun, diffrax.Midpoint, diffrax.Ralston, diffrax.ReversibleHeun)
@@ -31,6 +38,7 @@ def check_adjoint(
     steps: Plan | None,
     *,
     stochastic: bool,
+    unsafe: bool,
     split: bool,
     event: Any,
     save_fn: Any,
@@ -39,6 +47,7 @@ def check_adjoint(
 
     Arguments:
         steps: the fixed steps, if they are fixed.
+        unsafe: whether the noise is one of diffrax's unsafe paths.
         split: whether the terms are a tuple, for a solver that splits them.
 
     Raises:
@@ -52,6 +61,11 @@ def check_adjoint(
             )
         if stochastic:
             raise ValueError(f"ImplicitAdjoint differentiates a steady state, and noise has none: {cure}")
+    if unsafe and isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.RecursiveCheckpointAdjoint):
+        raise ValueError(
+            f"{type(adjoint).__name__} needs noise that can be asked again, which an UnsafeBrownianPath cannot: pass "
+            f"key= or path=diffrax.VirtualBrownianTree(...), or {cure}"
+        )
     if not isinstance(adjoint, diffrax.BacksolveAdjoint):
         return
     if event is not None or split:
@@ -74,6 +88,36 @@ def _has_equal_steps(steps: Plan) -> bool:
     return np.allclose(h, h.mean(), rtol=1e-5, atol=0)
 
 
+class _AlongJumps(diffrax.AbstractStepSizeController):
+    """Steps with both of their ends, and whether the field may jump where they begin; diffrax has times alone."""
+
+    left: Any
+    right: Any
+    jump: Any
+
+    def wrap(self, direction: Any) -> "_AlongJumps":
+        return _AlongJumps(self.left * direction, self.right * direction, self.jump)  # pyright: ignore[reportCallIssue]
+
+    def init(
+        self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
+    ) -> tuple[Any, Any]:
+        return self.right[0], jnp.array(1)
+
+    def adapt_step_size(
+        self,
+        t0: Any,
+        t1: Any,
+        y0: Any,
+        y1_candidate: Any,
+        args: Any,
+        y_error: Any,
+        error_order: Any,
+        controller_state: Any,
+    ) -> tuple[Any, Any, Any, Any, Any, Any]:
+        i = controller_state
+        return True, self.left[i], self.right[i], self.jump[i], i + 1, diffrax.RESULTS.successful
+
+
 def delegate(
     terms: Any,
     solver: diffrax.AbstractSolver,
@@ -88,21 +132,30 @@ def delegate(
     event: diffrax.Event | None,
     max_steps: int | None,
     save_fn: Any,
-) -> tuple[Any, Any, Any, dict[str, Any], Any]:
+    good: Any,
+) -> tuple[Any, Any, dict[str, Any], Any]:
     """Solve with diffrax.
 
     Arguments:
         steps: the fixed steps, if they are fixed.
+        good: whether the times are, where they are traced; None where that is known.
+
+    Raises:
+        ValueError: if the steps adapt and the solver does not estimate its error.
 
     Returns:
-        ts, ys, the last state, statistics and the result.
+        ys, the last state, statistics and the result.
     """
     continuous = isinstance(adjoint, diffrax.BacksolveAdjoint)
     # Both ends need no search for requested times within the loop.
     ends_only = ts.shape[0] == 2 and event is None
+    if good is not None:
+        ts = jnp.where(good, ts, any_times(ts))
+        dt0 = None if dt0 is None else jnp.where(good, dt0, jnp.abs(dt0))
     if steps is None:
         # Requested times are stepped to, so that what is returned are states of the solver.
-        controller = GuardedController(controller)  # pyright: ignore
+        first = None if dt0 is None else jnp.asarray(dt0, ts.dtype)
+        controller, dt0 = GuardedController(controller, first), None  # pyright: ignore
         if not ends_only:
             controller = diffrax.ClipStepSizeController(controller, step_ts=ts)
     elif continuous:
@@ -110,48 +163,125 @@ def delegate(
         controller, max_steps = diffrax.ConstantStepSize(), steps.grid.num_rows + 1
         dt0 = (ts[-1] - ts[0]) / steps.grid.num_rows
     else:
-        times = jnp.concatenate([steps.grid.left[:1], steps.grid.right])
-        controller, dt0, max_steps = diffrax.StepTo(ts=times), None, steps.grid.num_rows
+        grid: Any = steps.grid
+        times = jnp.concatenate([grid.left[:1], grid.right])
+        if good is not None:
+            line = jnp.linspace(ts[0], ts[-1], times.shape[0])
+            times = jnp.where(good, times, line)
+        controller, dt0, max_steps = diffrax.StepTo(ts=times), None, grid.num_rows
+        if grid.jump is not None:
+            # diffrax goes on until it stands at the end, also where the last step ends just before a jump there.
+            left, right = jnp.append(grid.left, ts[-1]), grid.right.at[-1].set(ts[-1])
+            controller = _AlongJumps(left, right, grid.jump)  # pyright: ignore[reportCallIssue]
     if continuous or isinstance(adjoint, diffrax.ImplicitAdjoint):
         # Both see only what terms and args hold.
         terms = jtu.tree_map(lambda x: _holding(x, ts[0], y0, args) if is_term(x) else x, terms, is_leaf=is_term)
     cost = evaluations(solver)
-    if isinstance(solver, diffrax.HalfSolver) and isinstance(solver.solver, diffrax.AbstractImplicitSolver):
+    wrapping = isinstance(solver, diffrax.HalfSolver | Charging | McCallumFoster)
+    if wrapping and isinstance(solver.solver, diffrax.AbstractImplicitSolver):  # pyright: ignore
         solver = StandIn(resolve_tolerances(solver, ts.dtype, None if steps is not None else controller))  # pyright: ignore
-    if isinstance(adjoint, diffrax.DirectAdjoint | diffrax.ForwardMode) and isinstance(solver, diffrax.HalfSolver):
+    if isinstance(adjoint, diffrax.DirectAdjoint | diffrax.ForwardMode) and wrapping:
         # They look for the loop over stages of the solver within, in the wrong place.
         solver = StandIn(prepare_solver(solver))  # pyright: ignore
 
-    def run(saveat: diffrax.SaveAt) -> diffrax.Solution:
-        return diffrax.diffeqsolve(
-            terms,
-            solver,
-            ts[0],
-            ts[-1],
-            dt0,
-            y0,
-            args,
-            saveat=saveat,
-            stepsize_controller=controller,  # pyright: ignore
-            adjoint=adjoint,
-            event=event,
-            max_steps=max_steps,
-            throw=False,
-        )
+    def run(saveat: diffrax.SaveAt, adjoint: diffrax.AbstractAdjoint = adjoint) -> diffrax.Solution:
+        with _known_to_be_right(solver, y0):
+            return diffrax.diffeqsolve(
+                terms,
+                solver,
+                ts[0],
+                ts[-1],
+                dt0,
+                y0,
+                args,
+                saveat=saveat,
+                stepsize_controller=controller,  # pyright: ignore
+                adjoint=adjoint,
+                event=event,
+                max_steps=max_steps,
+                throw=False,
+            )
 
+    save_with: Run = run
+    if isinstance(adjoint, AbstractWalkAdjoint) and not ends_only:
+        save_with = functools.partial(_run_saving, run, adjoint)
     save = _save_continuous if continuous else _save_end if isinstance(adjoint, diffrax.ImplicitAdjoint) else _save
-    sol, ys, final = save(run, ts, y0, args, save_fn, ends_only)
+    sol, ys, final = save(save_with, ts, y0, args, save_fn, ends_only)
     accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
     nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
-    stats = {"num_steps": accepted, "num_rejected": rejected, "nfe": nfe}
+    stats = {"num_steps": accepted, "num_rejected": rejected, "nfe": nfe, "time_reached": _time_reached(sol)}
     result: Any = promote(sol.result)
     if "record_overflow" in sol.stats:
         spilt = is_okay(result) & sol.stats["record_overflow"]
         result = RESULTS.where(spilt, RESULTS.record_overflow, result)
-    return ts, ys, final, stats, result
+    return ys, final, stats, result
+
+
+@contextlib.contextmanager
+def _known_to_be_right(solver: Any, y0: Any) -> Iterator[None]:
+    """Silence where diffrax warns of what was checked, and say in our words what a solver lacks."""
+    unmarked = not isinstance(solver, diffrax.AbstractItoSolver | diffrax.AbstractStratonovichSolver)
+    complex_state = any(jnp.iscomplexobj(x) for x in jtu.tree_leaves(y0))
+    with contextlib.ExitStack() as stack:
+        # Filters of warnings belong to the whole process, so they are touched only where there is need to.
+        if unmarked or complex_state:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Complex dtype support in Diffrax")
+            warnings.filterwarnings("ignore", ".* is not marked as converging to either")
+        try:
+            yield
+        except RuntimeError as error:
+            if "does not provide error estimates" not in str(error):
+                raise
+            while isinstance(solver, StandIn):
+                solver = solver.solver
+            name = type(solver).__name__
+            raise ValueError(
+                f"Adaptive steps need a solver that estimates its error, and {name} does not: use "
+                f"diffrax.HalfSolver(diffrax.{name}()), another solver, or fix the steps with dt0=."
+            ) from error
+
+
+def _time_reached(sol: diffrax.Solution) -> Any:
+    """Where the solve ended, which is the last time of what was saved last."""
+    ts: Any = sol.ts[-1] if isinstance(sol.ts, tuple) else sol.ts
+    return ts[-1]
 
 
 Run = Callable[[diffrax.SaveAt], Any]
+
+
+class _SavingAt(diffrax.AbstractAdjoint):
+    """An adjoint whose loop saves at times of which ``diffeqsolve`` does not know.
+
+    diffrax checks requested times at run time, by a call back to the host, and no program that holds one is kept by
+    JAX's persistent cache. Here they are known to be in order.
+    """
+
+    adjoint: AbstractWalkAdjoint
+    saveat: diffrax.SaveAt
+
+    def loop(self, **kwargs: Any) -> Any:
+        direction, state, dtype = unwrap(kwargs["terms"])[1], kwargs["init_state"], kwargs["t0"].dtype
+
+        def turned(sub: diffrax.SubSaveAt) -> diffrax.SubSaveAt:
+            fn = lambda t, y, args: sub.fn(t * direction, y, args)
+            ts = None if sub.ts is None else sub.ts * direction
+            return diffrax.SubSaveAt(ts=ts, t1=sub.t1, fn=fn)
+
+        def allocated(sub: diffrax.SubSaveAt) -> SaveState:
+            n = sub.t1 + (0 if sub.ts is None else sub.ts.shape[0])
+            shape = eqx.filter_eval_shape(sub.fn, kwargs["t0"], state.y, kwargs["args"])
+            ys = jtu.tree_map(lambda x: jnp.full((n, *x.shape), jnp.inf, x.dtype), shape)
+            return SaveState(ts=jnp.full(n, jnp.inf, dtype), ys=ys, save_index=0, saveat_ts_index=0)
+
+        subs = tuple(turned(sub) for sub in self.saveat.subs)
+        state = eqx.tree_at(lambda s: s.save_state, state, tuple(allocated(sub) for sub in subs))
+        return self.adjoint.loop(**{**kwargs, "saveat": diffrax.SaveAt(subs=subs), "init_state": state})
+
+
+def _run_saving(run: Any, adjoint: AbstractWalkAdjoint, saveat: diffrax.SaveAt) -> diffrax.Solution:
+    return run(diffrax.SaveAt(t1=True), _SavingAt(adjoint, saveat))  # pyright: ignore[reportCallIssue]
 
 
 def _save(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bool) -> tuple[Any, Any, Any]:

@@ -21,9 +21,12 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
 
     Arguments:
         controller: the controller to guard.
+        dt0: the length of the first step; None if the controller chooses it. Given to ``diffeqsolve`` it would be
+            checked at run time, by a call back to the host.
     """
 
     controller: diffrax.AbstractAdaptiveStepSizeController
+    dt0: Any = None
 
     @property
     def rtol(self) -> Any:
@@ -47,12 +50,14 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
 
     def wrap(self, direction: Any) -> "GuardedController":
         """Wrap the controller for the direction of time."""
-        return GuardedController(self.controller.wrap(direction))  # pyright: ignore[reportCallIssue]
+        dt0 = None if self.dt0 is None else jnp.abs(self.dt0)
+        return GuardedController(self.controller.wrap(direction), dt0)  # pyright: ignore[reportCallIssue]
 
     def init(
         self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
     ) -> tuple[Any, Any]:
         """The first step of the controller, and no failed trial so far."""
+        dt0 = self.dt0 if dt0 is None else dt0
         tnext, inner = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
         return tnext, (inner, jnp.array(0), jnp.asarray(t0))
 
@@ -71,7 +76,7 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
         inner, failed, until = controller_state
         decided = self.controller.adapt_step_size(t0, t1, y0, y1_candidate, args, y_error, error_order, inner)
         # A step cut down to no length at all moves nowhere: taken as good, it would be taken for ever.
-        good = _finite(y1_candidate) & _finite(y_error) & (t1 != t0)
+        good = _finite(y1_candidate, y_error) & (t1 != t0)
         retry = (False, t0, t0 + SHRINK * (t1 - t0), False, inner, diffrax.RESULTS.successful)
         keep, left, right, jump, inner = (
             jtu.tree_map(lambda a, b: jnp.where(good, a, b), a, b) for a, b in zip(decided[:5], retry[:5])
@@ -85,7 +90,7 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
         return keep, left, right, jump, (inner, failed, until), result
 
 
-def _finite(tree: Any) -> Any:
-    """Whether all of a tree is finite, in one pass: infinity times zero is NaN, and NaN stays."""
-    total = sum(jnp.sum(x * 0) for x in jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array)))
-    return jnp.isfinite(total)
+def _finite(y: Any, error: Any) -> Any:
+    """Whether all of both trees, which are alike, is finite, in one pass: infinity times zero is NaN, and NaN stays."""
+    both = jtu.tree_map(lambda a, b: jnp.sum(a * 0 + b * 0), *eqx.filter((y, error), eqx.is_inexact_array))
+    return jnp.isfinite(sum(jtu.tree_leaves(both)))

@@ -22,6 +22,7 @@ class Plan(NamedTuple):
         num_rows: the number of rows before known padding was dropped; the noise is stored by this number.
         why: how the steps were chosen.
         own_grid: whether the rows are those of the path's own grid (or of a path that is yet to be made for them).
+        traced: whether times or rows are traced, and so were not compared on the host.
     """
 
     grid: Grid
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     num_rows: int
     why: str
     own_grid: bool
+    traced: bool
 
 
 def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, path: Any, dtype: Any) -> Plan:
@@ -47,8 +49,9 @@ def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, p
     why = {"dt0": "steps of at most dt0", "steps_per_interval": "equal steps in every interval"}.get(
         given[0] if given else "", "one step per interval"
     )
-    own = path is None
-    if grid is None and not given and getattr(path, "grid", None) is not None:
+    # The path's own grid may be named twice.
+    own = path is None or (grid is not None and getattr(path, "grid", None) is grid)
+    if grid is None and not given and path is not None and getattr(path, "grid", None) is not None:
         grid, why, own = path.grid, "the grid of the path", True
     if grid is not None:
         why = "the given grid" if given else why
@@ -60,7 +63,7 @@ def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, p
                 "sf.grids.through(ts, ...)."
             )
         if not grid.is_concrete:
-            return Plan(grid, ts, None, True, grid.num_rows, why, own)
+            return Plan(grid, ts, None, True, grid.num_rows, why, own, True)
         _check_times(ts, grid)
         return _known(grid, ts, why, own, dtype)
     if steps_per_interval is not None and is_concrete(ts):
@@ -70,7 +73,7 @@ def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, p
         return _known(through(ts, dt0), ts, why, own, dtype)
     k = 1 if steps_per_interval is None else steps_per_interval
     grid = subdivide(jnp.asarray(ts, dtype), k)
-    return Plan(grid, ts, k, True, grid.num_rows, why, own)
+    return Plan(grid, ts, k, True, grid.num_rows, why, own, True)
 
 
 def _known(grid: Grid, ts: Any, why: str, own: bool, dtype: Any) -> Plan:
@@ -84,7 +87,7 @@ def _known(grid: Grid, ts: Any, why: str, own: bool, dtype: Any) -> Plan:
     save = np.asarray(grid.save)
     per = np.diff(save)
     every = int(per[0]) if per.size and per[0] > 0 and (per == per[0]).all() else None
-    return Plan(grid, ts, every, False, num_rows, why, own)
+    return Plan(grid, ts, every, False, num_rows, why, own, not is_concrete(ts))
 
 
 def _check_times(ts: Any, grid: Grid) -> None:

@@ -19,7 +19,8 @@ class Solution(eqx.Module):
         ts: shape (n,), the requested times.
         ys: the states there (or what ``save_fn`` made of them), leaves (n, *shape); ``ys[0]`` is the start.
         final: the state at the last time, as the solver left it.
-        stats: "num_steps" taken, and "nfe", the number of drift evaluations (None if the solver is not known).
+        stats: "num_steps" taken, and "nfe", the number of drift evaluations (None if the solver is not known). Where
+            diffrax took the steps, also "num_rejected" and "time_reached".
         penalties: class name -> scalar, what each regulariser charged.
         result: a member of `sdeflow.RESULTS`; read it with `sdeflow.is_okay`.
         choices: what was chosen and why, as pairs of strings; printed by ``repr``.
@@ -46,7 +47,8 @@ class Solution(eqx.Module):
         shape = eqx.tree_pformat(self.ys, width=10_000)
         lines = [f"Solution ({status})", f"  ys: {shape}"]
         if is_concrete(self.ts) and np.ndim(self.ts) == 1:
-            lines.append(f"  ts: {self.ts.shape[0]} times from {float(self.ts[0]):g} to {float(self.ts[-1]):g}")
+            count, ends = self.ts.shape[0], f"{float(self.ts[0]):g} to {float(self.ts[-1]):g}"
+            lines.append(f"  ts: {count} times from {ends}" if count > 1 else f"  ts: 1 time, {float(self.ts[0]):g}")
         lines += [f"  {name}: {text}" for name, text in self.choices]
         steps = self.stats.get("num_steps")
         if steps is not None and is_concrete(steps) and np.ndim(steps) == 0:
@@ -72,8 +74,16 @@ def with_finite_check(result: Any, final: PyTree) -> Any:
 
 
 def failure(sol: Solution) -> str:
-    """The sentence of a failed eager solve, with the last requested time at which the state was finite."""
+    """The sentence of a failed eager solve, and where it failed.
+
+    That is the last requested time at which the state was finite; where steps ran out, what they came to.
+    """
     text = message_of(sol.result)
+    if not is_concrete(sol.ts, sol.stats.get("time_reached"), *jtu.tree_leaves(sol.ys)):
+        # Under `jax.grad` outside of a compiled function the result is known, but the states are being traced.
+        return text
+    if text == message_of(RESULTS.max_steps_reached) and "time_reached" in sol.stats:
+        return f"{text} {_progress(sol)}"
     if text == message_of(RESULTS.nonfinite):
         good = np.ones(np.shape(sol.ts), bool)
         for leaf in jtu.tree_leaves(sol.ys):
@@ -84,3 +94,15 @@ def failure(sol: Solution) -> str:
         where = "at none of the requested times" if times.size == 0 else f"last at the requested time {times[-1]:g}"
         text += f" It was finite {where}."
     return text
+
+
+def _progress(sol: Solution) -> str:
+    start, end, reached = float(sol.ts[0]), float(sol.ts[-1]), float(sol.stats["time_reached"])
+    accepted, rejected = int(sol.stats["num_steps"]), int(sol.stats["num_rejected"])
+    if accepted == 0 or not np.isfinite(reached):
+        return f"No step was accepted and {rejected} were rejected, from t={start:g} on."
+    mean, done = (reached - start) / accepted, (reached - start) / (end - start)
+    return (
+        f"{accepted} steps were accepted and {rejected} rejected; of length dt={mean:.3g} on average, they went from "
+        f"t={start:g} to t={reached:g}, {100 * done:.3g}% of the way to t={end:g}."
+    )

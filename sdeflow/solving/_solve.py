@@ -16,17 +16,32 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._compat import SdeflowWarning, is_concrete, warn
+from .._compat import is_concrete, is_term
 from .._results import RESULTS, SolveError, is_okay
 from ..adjoints import AbstractWalkAdjoint
 from ..equations import AbstractEquation
+from ..equations._terms import DriftTerm, check_raw_term
 from ..grids import Grid
-from ..grids._build import host_times
+from ..grids._grid import cast
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
+from ..paths._tree import quiet_tree
+from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
 from ..walking import asks_within, make_rows
-from ._check_path import check_path
+from ._check_input import (
+    check_counts,
+    check_first_step,
+    check_noise_given,
+    check_precision,
+    check_real,
+    check_still,
+    check_ts,
+    check_y0,
+)
+from ._check_path import check_path, controls_cut_short
 from ._choose import (
+    check_adapts,
+    check_backwards,
     check_interpretation,
     choose_adjoint,
     choose_solver,
@@ -35,10 +50,12 @@ from ._choose import (
     levy_area_for,
     resolve_coupling,
     resolve_tolerances,
+    wrong_backwards,
 )
 from ._delegate import check_adjoint, delegate, pre_check
 from ._plan import Plan, plan
 from ._solution import Solution, failure, with_finite_check
+from ._traced_times import blank_unless, times_are_good
 
 
 def solve(
@@ -71,9 +88,11 @@ def solve(
     Arguments:
         equation: what moves: an equation of sdeflow, or raw diffrax terms (a tuple for solvers that split them).
         y0: the start, an array or a tree of floating arrays.
-        ts: shape (n,), the requested times, strictly increasing or (in reverse time) decreasing, from the start on.
+        ts: shape (n,), the requested times, strictly increasing or (in reverse time) decreasing, from the start on; at
+            one time alone the solution is ``y0``.
             Inside ``jit`` make it with NumPy, or give ``grid`` or ``steps_per_interval``; only then may it be traced,
-            and end in repeats of its last time, which are padding.
+            and end in repeats of its last time, which are padding. Traced times that do not fit end as
+            ``RESULTS.bad_times``, with NaN for the states.
         args: passed to the drift and the diffusion.
         key: a JAX random key for the noise of a stochastic equation; ``key`` or ``path``, never both.
         dt0: the largest step, signed like ``ts[1]-ts[0]``; every interval is cut into equal steps. With an adaptive
@@ -98,6 +117,7 @@ def solve(
 
     Raises:
         ValueError, TypeError: for wrong shapes, dtypes, structures and static values, before anything runs.
+        NotImplementedError: for noise on a complex state.
         SolveError: outside of a trace with ``throw=True``, if the solution is not finite or the solver failed. Inside a
             trace read ``sol.result``, or plant a check with `sdeflow.check`.
 
@@ -108,10 +128,9 @@ def solve(
         >>> sol.ys.shape, int(sol.stats["num_steps"])
         ((3, 3), 20)
     """
-    y0 = _check_y0(y0)
+    y0 = check_y0(y0)
     dtype = jnp.finfo(jnp.result_type(*jtu.tree_leaves(y0))).dtype
-    if regularisers:
-        raise ValueError(f"No regulariser is known to this version of sdeflow, got {tuple(regularisers)!r}.")
+    check_regularisers(regularisers, key)
     raw = _is_terms(equation)
     if not raw and not isinstance(equation, AbstractEquation):
         raise TypeError(
@@ -119,7 +138,13 @@ def solve(
             "wrap a drift and a diffusion as sf.SDE(drift, diffusion), a vector field as sf.ODE(vector_field)."
         )
     stochastic = not raw and equation.is_stochastic  # pyright: ignore
-    ts = _check_ts(ts, traced_ok=grid is not None or steps_per_interval is not None or path is not None)
+    ts = check_ts(ts, repeats=grid is not None or steps_per_interval is not None or path is not None)
+    # With one time there is nothing to solve: the start is the solution.
+    still = len(ts) == 1
+    paths = _paths_of(equation) if raw else () if path is None else (path,)
+    noisy = stochastic or len(paths) > 0
+    check_counts(dt0, grid, steps_per_interval, max_steps)
+    check_real(y0, noisy)
     choices: list[tuple[str, str]] = []
 
     adaptive = isinstance(stepsize_controller, diffrax.AbstractAdaptiveStepSizeController)
@@ -147,25 +172,31 @@ def solve(
         if not isinstance(solver, diffrax.AbstractSolver):
             raise TypeError(f"solver must be an instance of a diffrax solver, got {solver!r}.")
         choices.append(("solver", f"{type(solver).__name__}, as given"))
+    decreasing = not still and is_concrete(ts) and float(ts[-1]) < float(ts[0])
     if not raw:
-        decreasing = is_concrete(ts) and float(ts[1]) < float(ts[0])
         check_interpretation(equation, solver, decreasing)  # pyright: ignore
-    _check_noise(stochastic, raw, key, path)
+    draws = any(r.draws for r in regularisers) and (path is not None or not stochastic)
+    drawn = check_noise_given(stochastic, raw, None if draws else key, path)
+    key = key if draws else drawn
 
+    steps = None
     if adaptive:
-        steps = None
         if grid is not None or steps_per_interval is not None:
             raise ValueError(
                 "An adaptive stepsize_controller chooses its own steps: drop grid= or steps_per_interval=."
             )
+        check_adapts(solver, noisy)
+        check_first_step(ts, dt0, dtype)
+    elif still:
+        check_still(grid)
     else:
         steps = plan(ts, dt0, grid, steps_per_interval, path, dtype)
         if raw:
             # A path within the terms has a grid of its own, which need not be that of the steps.
             steps = steps._replace(own_grid=False)
         choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
-    if path is not None:
-        check_path(path, solver, ts, None if steps is None else steps.grid)
+    for one in paths:
+        check_path(one, solver, ts, None if steps is None else steps.grid, adaptive=adaptive, dt0=dt0)
     storage = None
     if stochastic and path is None and steps is not None:
         storage, why = choose_storage(steps.num_rows, solver)
@@ -178,17 +209,31 @@ def solve(
             raise TypeError(
                 f"adjoint must be one such as sf.adjoints.DiscreteAdjoint() or one of diffrax's, got {adjoint!r}."
             )
-        noisy, split = stochastic or _has_noise(equation), isinstance(equation, tuple)
-        check_adjoint(adjoint, solver, ts, steps, stochastic=noisy, split=split, event=event, save_fn=save_fn)
+        unsafe = any(isinstance(one, diffrax.UnsafeBrownianPath) for one in paths)
+        if not still:
+            check_adjoint(
+                adjoint, solver, ts, steps, stochastic=noisy, unsafe=unsafe, split=isinstance(equation, tuple),
+                event=event, save_fn=save_fn,
+            )  # fmt: skip
         choices.append(("adjoint", f"{_short(adjoint)}, as given"))
+    walked = isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None
+    if not still:
+        check_precision(y0, solver, delegated=not walked)
+    forwards_only = wrong_backwards(solver, noisy, adjoint, event, adaptive and max_steps is None)
+    if forwards_only and decreasing:
+        check_backwards(solver)
+    traced = not is_concrete(ts) if steps is None else steps.traced
 
     sol = _run(
         equation, y0, jnp.asarray(ts, dtype), args, key, dt0 if adaptive else None, steps, storage, solver, path,
-        stepsize_controller, adjoint, save_fn, event, max_steps, tuple(choices),
+        stepsize_controller, adjoint, tuple(regularisers), save_fn, event, max_steps, traced, forwards_only,
+        tuple(choices),
     )  # fmt: skip
     leaves = jtu.tree_leaves(sol.result)
     if throw and is_concrete(*leaves) and not bool(is_okay(sol.result).all()):
-        raise SolveError(sol.result, failure(sol))
+        nonfinite = bool((sol.result == RESULTS.nonfinite).all())
+        hint = controls_cut_short((equation, args), ts) if nonfinite else ""
+        raise SolveError(sol.result, failure(sol) + hint)
     return sol
 
 
@@ -206,43 +251,83 @@ def _run(
     path: Any,
     controller: Any,
     adjoint: Any,
+    regularisers: tuple[Any, ...],
     save_fn: Any,
     event: Any,
     max_steps: int | None,
+    traced: bool,
+    forwards_only: bool,
     choices: tuple[tuple[str, str], ...],
 ) -> Solution:
     dtype = ts.dtype
     if steps is not None:
-        cast = lambda x: jnp.asarray(x, dtype)
-        grid = Grid(cast(steps.grid.left), cast(steps.grid.right), steps.grid.live, steps.grid.save, steps.grid.jump)
-        steps = steps._replace(grid=grid)
-    if key is not None:
+        steps = steps._replace(grid=cast(steps.grid, dtype))
+    good = times_are_good(ts, None if steps is None else steps.grid, forwards_only) if traced else None
+    if ts.shape[0] == 1:
+        return _stay(equation, y0, ts, args, regularisers, save_fn, controller is not None, good, choices)
+    if key is not None and path is None and not _is_terms(equation) and equation.is_stochastic:
         structure = _noise_structure(equation, ts[0], y0, args)
         if storage is None:
-            path = diffrax.VirtualBrownianTree(
+            path = quiet_tree(
                 jnp.minimum(ts[0], ts[-1]), jnp.maximum(ts[0], ts[-1]), _tree_tolerance(ts, dt0, steps), structure, key,
                 levy_area_for(solver),
             )  # fmt: skip
         else:
             path = GridBrownian(steps.grid, structure, key=key, levy_area=levy_area_for(solver), storage=storage)  # pyright: ignore
     terms = equation if _is_terms(equation) else equation.terms(path)
+    _check_raw_terms(terms, y0, ts, args)
 
     if steps is not None:
         solver = resolve_coupling(resolve_tolerances(solver, dtype), steps.grid.num_steps, dtype)
-    if isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None:
-        ys, final, stats, result = _walk(terms, y0, ts, args, steps, solver, adjoint, save_fn)
-    else:
-        ts, ys, final, stats, result = delegate(
-            terms, solver, y0, ts, args, steps=steps, dt0=dt0, controller=controller, adjoint=adjoint, event=event,
-            max_steps=max_steps, save_fn=save_fn,
+    elif regularisers:
+        # Now, as the controller's norm will not know the state from what goes beside it.
+        solver = resolve_tolerances(solver, dtype, controller)
+
+    walks = steps is not None and event is None and isinstance(adjoint, AbstractWalkAdjoint)
+
+    def go(x: Setting) -> Outcome:
+        if x.walks:
+            return Outcome(*_walk(x.terms, x.y0, ts, args, steps, x.solver, x.adjoint, x.save_fn))
+        out = delegate(
+            x.terms, x.solver, x.y0, ts, args, steps=steps, dt0=dt0, controller=x.controller, adjoint=x.adjoint,
+            event=x.event, max_steps=max_steps, save_fn=x.save_fn, good=good,
         )  # fmt: skip
         start = pre_check(y0)
-        result = RESULTS.where(is_okay(start), result, start)
-    return Solution(ts, ys, final, stats, {}, with_finite_check(result, final), choices)
+        return Outcome(*out[:3], RESULTS.where(is_okay(start), out[3], start))
+
+    setting = Setting(terms, y0, solver, controller, adjoint, save_fn, event, walks)
+    out, penalties = charged(go, setting, regularisers, ts, args, key)
+    return _finished(ts, out.ys, out.final, out.stats, penalties, out.result, good, choices)
+
+
+def _finished(
+    ts: Any, ys: Any, final: Any, stats: Any, penalties: Any, result: Any, good: Any, choices: Any
+) -> Solution:
+    """The solution, with what its last state and its traced times say of the result."""
+    result = with_finite_check(result, final)
+    if good is not None:
+        result = RESULTS.where(good, result, RESULTS.bad_times)
+        ys, final = blank_unless(good, (ys, final))
+    return Solution(ts, ys, final, stats, penalties, result, choices)
+
+
+def _stay(
+    equation: Any, y0: Any, ts: Any, args: Any, regularisers: Any, save_fn: Any, adaptive: bool, good: Any, choices: Any
+) -> Solution:
+    """The solution at one time, where it starts: no step is taken."""
+    if isinstance(equation, AbstractEquation):
+        eqx.filter_eval_shape(DriftTerm(equation.drift).vf, ts[0], y0, args)  # pyright: ignore
+    first = y0 if save_fn is None else save_fn(ts[0], y0, args)
+    ys = jtu.tree_map(lambda x: jnp.asarray(x)[None], first)
+    stats = {"num_steps": jnp.array(0), "nfe": jnp.array(0)}
+    if adaptive:
+        stats |= {"num_rejected": jnp.array(0), "time_reached": ts[0]}
+    penalties = {type(r).__name__: jnp.zeros((), ts.dtype) for r in regularisers}
+    return _finished(ts, ys, y0, stats, penalties, RESULTS.successful, good, choices)
 
 
 def _walk(
-    terms: Any, y0: Any, ts: Any, args: Any, steps: Plan, solver: Any, adjoint: Any, save_fn: Any
+    terms: Any, y0: Any, ts: Any, args: Any, steps: Any, solver: Any, adjoint: Any, save_fn: Any
 ) -> tuple[Any, Any, dict[str, Any], Any]:
     grid: Any = steps.grid
     live = grid.live if steps.masked else None
@@ -278,65 +363,18 @@ def _is_terms(equation: Any) -> bool:
     return one(equation) or (isinstance(equation, tuple) and len(equation) > 0 and all(map(one, equation)))
 
 
-def _has_noise(terms: Any) -> bool:
-    """Whether raw terms hold a Brownian path."""
-    return bool(RowNoise.of(terms).paths)
+def _paths_of(terms: Any) -> tuple[Any, ...]:
+    """The Brownian paths that raw terms hold."""
+    return RowNoise.of(terms).paths
 
 
-def _check_y0(y0: Any) -> Any:
-    leaves = jtu.tree_leaves(y0)
-    if not leaves or not all(eqx.is_array_like(x) for x in leaves) or isinstance(y0, list | str):
-        raise TypeError(f"y0 must be an array or a tree of arrays, got {type(y0).__name__}: wrap it in jnp.asarray.")
-
-    def one(x: Any) -> Any:
-        dtype = jnp.result_type(x)
-        if dtype in (jnp.float16, jnp.bfloat16):
-            warn(f"y0 is {dtype}, too coarse for solving: it was promoted to float32.", SdeflowWarning)
-            return jnp.asarray(x, jnp.float32)
-        if jnp.issubdtype(dtype, jnp.inexact):
-            return jnp.asarray(x, dtype)
-        # Integers become the default float, as in diffrax.
-        return jnp.asarray(x, jnp.result_type(float))
-
-    return jtu.tree_map(one, y0)
-
-
-def _check_ts(ts: Any, traced_ok: bool) -> Any:
-    if is_concrete(ts) and not any(is_concrete(x) is False for x in jtu.tree_leaves(ts)):
-        if not isinstance(ts, np.ndarray | jax.Array):
-            ts = np.asarray(ts, np.float64)
-        if not traced_ok:
-            host_times(ts)
-        elif jnp.ndim(ts) != 1 or ts.shape[0] < 2 or not np.isfinite(np.asarray(ts)).all():
-            raise ValueError(f"ts must be finite and of shape (n,) with n >= 2, got shape {jnp.shape(ts)}.")
-        return ts
-    ts = jnp.asarray(ts)
-    if ts.ndim != 1 or ts.shape[0] < 2:
-        raise ValueError(
-            f"ts must be one-dimensional with at least two times, got shape {ts.shape}; use vmap for batches."
-        )
-    return ts
-
-
-def _check_noise(stochastic: bool, raw: bool, key: Any, path: Any) -> None:
-    if key is not None and path is not None:
-        raise ValueError("Pass key or path, not both: the path holds a key of its own.")
-    if stochastic and key is None and path is None:
-        raise ValueError("A stochastic equation needs noise: pass key=jax.random.key(0), or path=.")
-    if not stochastic and path is not None:
-        raise ValueError("Only a stochastic equation is driven by a path; drop path=.")
-    if raw and key is not None:
-        raise ValueError("Raw diffrax terms carry their own noise; drop key=.")
-    if not stochastic and key is not None:
-        raise ValueError("An ordinary equation has no noise; drop key=.")
-    if key is not None:
-        if not isinstance(key, jax.Array) or not (
-            jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or (key.dtype == jnp.uint32 and key.shape[-1:] == (2,))
-        ):
-            raise TypeError(f"key must be a JAX random key such as jax.random.key(0), got {key!r}.")
-        batch = key.shape if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.shape[:-1]
-        if batch:
-            raise TypeError(f"key is a batch of keys of shape {batch}: use jax.vmap over keys, one path per call.")
+def _check_raw_terms(terms: Any, y0: Any, ts: Any, args: Any) -> None:
+    """Check the shapes of raw terms that all move the whole state; those of a tuple move parts of it."""
+    if isinstance(terms, tuple):
+        return
+    for term in jtu.tree_leaves(terms, is_leaf=is_term):
+        if is_term(term):
+            eqx.filter_eval_shape(lambda term=term: check_raw_term(term, ts[0], y0, args))
 
 
 def _noise_structure(equation: AbstractEquation, t: Any, y0: Any, args: Any) -> Any:

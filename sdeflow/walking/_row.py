@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 from .._results import RESULTS, is_okay, promote
 from ..paths._rows import RowNoise
 from ..solvers import McCallumFoster
+from ..solvers._charging import Charging
 from ..solvers._unrolled import UnrolledERK, UnrolledSRK, unrolled, with_all_derivatives
 
 
@@ -120,13 +121,32 @@ def prepare_solver(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
 def _innermost(solver: Any) -> Any:
     """The solver whose state is that of this one."""
     inner = getattr(solver, "solver", None)
-    has_own = isinstance(solver, UnrolledERK | UnrolledSRK | McCallumFoster)
-    return _innermost(inner) if isinstance(inner, diffrax.AbstractSolver) and not has_own else solver
+    has_own = _is_straight(solver) or isinstance(solver, McCallumFoster)
+    wraps = isinstance(inner, diffrax.AbstractSolver) and not has_own
+    return _innermost(inner) if wraps else solver
+
+
+def _is_straight(solver: Any) -> bool:
+    # Not isinstance, for which a wrapped solver passes as what it wraps.
+    return issubclass(type(solver), UnrolledERK | UnrolledSRK)
+
+
+def _adds_no_state(solver: Any) -> bool:
+    """Whether the state of a prepared solver is that of the innermost one; what users write may keep more."""
+    known = _is_straight(solver) or not isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver)
+    return known or (type(solver) in (diffrax.HalfSolver, Charging) and _adds_no_state(solver.solver))
+
+
+def loops_over_stages(solver: Any) -> bool:
+    """Whether a walk with this solver uses diffrax's loop over the stages of a Runge-Kutta method."""
+    inner = _innermost(prepare_solver(solver))
+    return not _is_straight(inner) and isinstance(inner, diffrax.AbstractRungeKutta)
 
 
 def restarts(solver: Any, state: Any) -> bool:
     """Whether the state of a prepared solver before a step follows from the time and the solution there."""
-    return not jtu.tree_leaves(state) or isinstance(_innermost(solver), UnrolledERK)
+    follows = isinstance(_innermost(solver), UnrolledERK) and _adds_no_state(solver)
+    return not jtu.tree_leaves(state) or follows
 
 
 def adopt_state(solver: Any, state: Any, terms: Any, t0: Any, t1: Any, y0: PyTree, args: Any, fresh: bool) -> Any:
@@ -137,8 +157,47 @@ def adopt_state(solver: Any, state: Any, terms: Any, t0: Any, t1: Any, y0: PyTre
     """
     inner = _innermost(solver)
     if isinstance(inner, UnrolledERK):
-        return inner.adopt(None if fresh else state, terms, t0, t1, y0, args)
+        if fresh:
+            return solver.init(terms, t0, t1, y0, args)
+        terms, y0 = _seen_by_innermost(solver, terms, y0)
+        return inner.adopt(state, terms, t0, t1, y0, args)
     return state
+
+
+def _seen_by_innermost(solver: Any, terms: Any, y0: PyTree) -> tuple[Any, PyTree]:
+    if isinstance(solver, Charging):
+        terms, y0 = solver.own(terms), y0[0]
+    inner = getattr(solver, "solver", None)
+    return _seen_by_innermost(inner, terms, y0) if isinstance(inner, diffrax.AbstractSolver) else (terms, y0)
+
+
+def take_step(
+    solver: Any,
+    terms: Any,
+    left: Any,
+    right: Any,
+    y0: PyTree,
+    args: Any,
+    first: Callable[[Any], Any] = lambda state: state,
+) -> tuple[PyTree, Any, Any]:
+    """One step of a prepared solver by itself, with the noise of the paths in ``terms``.
+
+    Arguments:
+        first: what to make of the solver's state before it.
+
+    Returns:
+        The next state, the error estimate and the dense information.
+    """
+    here = with_noise_of_step(solver, terms, left, right)
+    state = first(solver.init(here, left, right, y0, args))
+    y1, error, dense, _, _ = solver.step(here, left, right, y0, args, state, False)
+    return y1, error, dense
+
+
+def with_noise_of_step(solver: Any, terms: Any, left: Any, right: Any) -> Any:
+    """The terms with the noise of one step in place of the paths."""
+    rows = make_rows(terms, left[None], right[None], own_grid=False, within=asks_within(solver))
+    return rows.source.install(terms, jtu.tree_map(lambda x: x[0], rows.noise), left, right)
 
 
 def first_carry(solver: diffrax.AbstractSolver, terms: Any, args: Any, y0: PyTree, rows: Rows, fallible: bool) -> Carry:

@@ -24,6 +24,7 @@ SOLVERS = {
     "Heun": dfx.Heun(),
     "EulerHeun": dfx.EulerHeun(),
     "Tsit5": dfx.Tsit5(),
+    "Kvaerno3": dfx.Kvaerno3(),
     "ShARK": dfx.ShARK(),
     "SPaRK": dfx.SPaRK(),
     "ReversibleHeun": dfx.ReversibleHeun(),
@@ -36,6 +37,9 @@ MODES = {
     "reverse over forward": lambda f: jax.grad(jax.jacfwd(f)),
     "third": lambda f: jax.jacfwd(jax.grad(jax.grad(f))),
 }
+ORDINARY = ("Tsit5", "Kvaerno3")
+# Solvers whose solution is no polynomial that is known: their derivatives are held against differences.
+DIFFERENCES = ("SPaRK", "Kvaerno3")
 ORDERS = {"grad": 1, "jvp": 1, "third": 3}
 # One solver of each family; the highest derivative goes through both directions of all lower ones.
 DEFAULT = {("EulerHeun", "third"), ("Heun", "reverse over reverse"), ("Heun", "third"), ("ShARK", "third")}
@@ -51,7 +55,7 @@ def _cases(default):
 
 def _equation(name):
     drift = lambda t, y, a: -a * y
-    if name == "Tsit5":
+    if name in ORDINARY:
         return sf.ODE(drift)
     if name == "ShARK":
         return sf.SDE(drift, lambda t, y, a: jnp.full_like(y, SIGMA), additive=True)
@@ -61,7 +65,7 @@ def _equation(name):
 
 @functools.cache
 def _path(name):
-    if name == "Tsit5":
+    if name in ORDINARY:
         return None
     area = dfx.BrownianIncrement if "Heun" in name or name == "Euler" else dfx.SpaceTimeLevyArea
     # Asked for inside a trace, but kept: it must not be part of it.
@@ -134,8 +138,8 @@ def _polynomial(name):
 
 
 def _wanted(name, order, final):
-    if name == "SPaRK":
-        # No polynomial is known: a central difference of the derivative one order lower, by Richardson.
+    if name in DIFFERENCES:
+        # A central difference of the derivative one order lower, by Richardson.
         lower = jax.jit({1: final, 2: jax.grad(final), 3: jax.jacfwd(jax.grad(final))}[order])
         slope = lambda e: (lower(AT + e) - lower(AT - e)) / (2 * e)
         return float((4 * slope(1e-3) - slope(2e-3)) / 3)
@@ -147,7 +151,7 @@ def test_derivatives_of_every_order_through_solve(name, mode):
     final = _by_solve(name)
     got = jax.jit(MODES[mode](final))(jnp.array(AT))
     wanted = _wanted(name, ORDERS.get(mode, 2), final)
-    np.testing.assert_allclose(got, wanted, rtol=1e-9 if name == "SPaRK" else 1e-12)
+    np.testing.assert_allclose(got, wanted, rtol=1e-9 if name in DIFFERENCES else 1e-12)
     assert abs(wanted) > 0.05
 
 
@@ -155,14 +159,16 @@ def test_derivatives_of_every_order_through_solve(name, mode):
 def test_derivatives_of_every_order_through_diffeqsolve(name, mode):
     final = _inside(name)
     got = jax.jit(MODES[mode](final))(jnp.array(AT))
-    np.testing.assert_allclose(got, _wanted(name, ORDERS.get(mode, 2), final), rtol=1e-9 if name == "SPaRK" else 1e-12)
+    np.testing.assert_allclose(
+        got, _wanted(name, ORDERS.get(mode, 2), final), rtol=1e-9 if name in DIFFERENCES else 1e-12
+    )
 
 
 @pytest.mark.parametrize(
     "name", [n if n in ("Tsit5", "Euler") else pytest.param(n, marks=pytest.mark.slow) for n in SOLVERS]
 )
 def test_the_value_is_that_of_the_polynomial(name):
-    if name == "SPaRK":
+    if name in DIFFERENCES:
         pytest.skip("no polynomial is known")
     np.testing.assert_allclose(jax.jit(_by_solve(name))(AT), _polynomial(name)(AT), rtol=1e-13)
 

@@ -285,3 +285,88 @@ def test_a_grid_is_a_module_that_can_be_mapped_over():
     batch = sf.grids.stack([through([0.0, 1.0], 0.5), through([0.0, 3.0], 0.5)])
     lengths = jax.vmap(lambda grid: jnp.where(grid.live, grid.right - grid.left, 0.0).sum())(batch)
     assert lengths.tolist() == [1.0, 3.0]
+
+
+# ---- Jumps. ----
+
+
+def test_one_step_ends_just_before_a_jump_and_the_next_begins_just_after():
+    grid = through([0.0, 1.0], 0.25, jumps=[0.6])
+    before, after = np.nextafter(0.6, 0.0), np.nextafter(0.6, 1.0)
+    np.testing.assert_array_equal(grid.right[2:4], [before, 0.8])
+    assert grid.left[3] == after
+    np.testing.assert_allclose(grid.left, [0.0, 0.2, 0.4, 0.6, 0.8], rtol=1e-15)
+    assert grid.jump.tolist() == [False, False, False, True, False]
+    assert grid.save.tolist() == [0, 5]
+    assert through([0.0, 1.0], 0.25).jump is None
+    assert through([0.0, 1.0], 0.25, jumps=[]).jump.tolist() == [False] * 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gaps=st.lists(st.floats(1e-2, 5.0), min_size=1, max_size=6),
+    places=st.lists(st.floats(0.0, 1.0), max_size=6),
+    start=st.floats(-5.0, 5.0),
+    dt0=st.floats(0.05, 3.0),
+    sign=st.sampled_from([1.0, -1.0]),
+)
+def test_no_step_goes_across_a_jump_and_every_time_is_reached(gaps, places, start, dt0, sign):
+    ts = start + sign * np.concatenate([[0.0], np.cumsum(gaps)])
+    jumps = ts[0] + (ts[-1] - ts[0]) * np.round(places, 3)
+    # Steps of next to no length are refused, whether of jumps or not.
+    knots = np.unique(np.concatenate([ts, jumps]))
+    if np.diff(knots).min() < 1e-3:
+        return
+    grid = through(ts, sign * dt0, jumps=jumps)
+    np.testing.assert_allclose(_saved(grid), ts, rtol=1e-15, atol=1e-300)
+    low, high = np.minimum(grid.left, grid.right), np.maximum(grid.left, grid.right)
+    for at in jumps:
+        assert ((high < at) | (low > at)).all()
+    assert (high - low).max() <= dt0 * (1 + 1e-9)
+    assert grid.jump.sum() == len(set(jumps.tolist()) - {ts[-1]})
+
+
+def test_jumps_may_be_unsorted_repeated_and_on_requested_times():
+    grid = through([0.0, 0.5, 1.0], 0.25, jumps=[0.5, 0.3, 0.5])
+    assert grid.save.tolist() == [0, 3, 5]
+    assert grid.jump.tolist() == [False, False, True, True, False]
+    assert grid.right[2] == np.nextafter(0.5, 0.0)
+    # A time that was rounded is the same time.
+    rounded = through(np.array([0.0, 0.3, 1.0], np.float32), 0.25, jumps=[0.3])
+    assert rounded.num_rows == through(np.array([0.0, 0.3, 1.0], np.float32), 0.25).num_rows
+
+
+def test_a_jump_at_zero_is_passed_by_with_normal_numbers():
+    grid = through([-1.0, 1.0], 1.0, jumps=[0.0])
+    tiny = np.finfo(np.float64).tiny
+    assert (grid.right[0], grid.left[1]) == (-tiny, tiny)
+
+
+def test_jumps_come_before_padding_and_go_with_coarser_steps():
+    grid = through([0.0, 1.0], 0.125, num_steps=12, jumps=[0.5])
+    assert int(grid.num_steps) == 8
+    assert grid.jump.tolist() == [i == 4 for i in range(12)]
+    coarse = through([0.0, 1.0], 0.125, jumps=[0.5]).coarsen(2)
+    assert coarse.jump.tolist() == [False, False, True, False]
+    with pytest.raises(ValueError, match="would hide a jump inside a step"):
+        through([0.0, 1.0], 0.125, jumps=[0.125]).coarsen(2)
+
+
+@pytest.mark.parametrize(
+    ("jumps", "words"),
+    [
+        ([0.5, 1.5], r"jumps\[1\]=1.5 lies outside of ts, which runs from 0 to 1"),
+        ([-0.1], r"jumps\[0\]=-0.1 lies outside of ts"),
+        ([np.nan], "jumps must be finite and one-dimensional"),
+        ([[0.5]], "jumps must be finite and one-dimensional"),
+        (0.5, "jumps must be finite and one-dimensional"),
+    ],
+)
+def test_jumps_that_no_grid_can_have_are_refused(jumps, words):
+    with pytest.raises(ValueError, match=words):
+        through([0.0, 1.0], 0.25, jumps=jumps)
+
+
+def test_traced_jumps_are_refused():
+    with pytest.raises(ValueError, match="jumps is traced"):
+        jax.jit(lambda at: through([0.0, 1.0], 0.25, jumps=at).left)(jnp.array([0.5]))

@@ -238,7 +238,7 @@ def test_complex_states_of_ordinary_equations_rotate(x64):
 
 def test_noise_for_complex_states_is_refused():
     sde = sf.SDE(lambda t, y, args: y, lambda t, y, args: y)
-    with pytest.raises(ValueError, match="needs a real floating structure, got dtype complex64"):
+    with pytest.raises(NotImplementedError, match="real and imaginary parts"):
         sf.solve(sde, jnp.array([1j]), [0.0, 1.0], dt0=0.5, key=jr.key(0))
 
 
@@ -293,7 +293,7 @@ REFUSED = {
         lambda y: jax.jit(lambda ts: sf.solve(DECAY, y, ts, steps_per_interval=2).final)(jnp.zeros((2, 3))),
         r"got shape \(2, 3\); use vmap for batches",
     ),
-    "no times": (lambda y: sf.solve(DECAY, y, [], dt0=0.1), r"at least two times, got shape \(0,\)"),
+    "no times": (lambda y: sf.solve(DECAY, y, [], dt0=0.1), r"at least one time, got shape \(0,\)"),
     "two equal times": (lambda y: sf.solve(DECAY, y, [0.5, 0.5], dt0=0.1), r"ts\[0\]=0.5 and ts\[1\]=0.5"),
     "no steps in an interval": (
         lambda y: sf.solve(DECAY, y, TS, steps_per_interval=0),

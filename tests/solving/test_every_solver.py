@@ -267,6 +267,41 @@ def test_in_a_batch_only_the_path_without_a_root_fails():
     np.testing.assert_allclose(sol.final[0], alone.final, rtol=1e-8)
 
 
+def _rate_of(c):
+    return sf.solve(
+        sf.ODE(lambda t, y, c: c + c * y**2), jnp.array(0.2), np.linspace(0.0, 1.0, 3), args=c, throw=False,
+        solver=dfx.ImplicitEuler(root_finder=optx.Newton(1e-12, 1e-12, norm=optx.rms_norm)),
+    )  # fmt: skip
+
+
+def _root(c, b):
+    """One implicit step of length one half: the smaller root of c/2 y^2 - y + b + c/2 = 0."""
+    return (1 - jnp.sqrt(1 - 2 * c * (b + c / 2))) / c
+
+
+def test_the_gradient_of_a_frozen_path_is_that_of_its_last_good_state():
+    # With this rate the first step has a root and the next has none.
+    final = lambda c: (lambda sol: (sol.final, sf.is_okay(sol.result)))(_rate_of(c))
+    (value, okay), grad = jax.jit(jax.value_and_grad(final, has_aux=True))(jnp.array(0.75))
+    exact = lambda c: _root(c, 0.2)
+    assert not okay
+    np.testing.assert_allclose(value, exact(0.75), rtol=1e-10)
+    np.testing.assert_allclose(grad, jax.grad(exact)(0.75), rtol=1e-9)
+
+
+def test_in_a_batch_a_frozen_path_has_its_own_gradient_and_harms_no_other():
+    rates = jnp.array([0.1, 0.75, 0.3, 3.0])
+    total = lambda c: (lambda sol: (sol.final.sum(), (sol.final, sf.is_okay(sol.result))))(jax.vmap(_rate_of)(c))
+    (_, (finals, okay)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(rates)
+    assert okay.tolist() == [True, False, True, False]
+    # Two roots, one, two, and none at all.
+    twice = lambda c: _root(c, _root(c, 0.2))
+    exact = [twice, lambda c: _root(c, 0.2), twice, lambda c: 0.2 + 0 * c]
+    for i, f in enumerate(exact):
+        np.testing.assert_allclose(finals[i], f(rates[i]), rtol=1e-9)
+        np.testing.assert_allclose(grads[i], jax.grad(f)(rates[i]), rtol=1e-8, atol=1e-12)
+
+
 @functools.cache
 def _half(path_of):
     equation = sf.SDE(

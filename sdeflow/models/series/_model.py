@@ -185,7 +185,7 @@ class SeriesModel(eqx.Module):
             self.encoder(control.knots[0]),
             times,
             args=control,
-            key=key if self.dynamics.is_stochastic else None,
+            key=key if self.dynamics.is_stochastic or any(r.draws for r in regularisers) else None,
             steps_per_interval=self.steps_per_interval,
             solver=self.solver,
             regularisers=regularisers,

@@ -1,0 +1,42 @@
+"""Integrals beside the state of an equation: y becomes (y, integrals), the noise stays what it was."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ..solvers import DiagonalMilstein
+from ..solvers._charging import beside
+from ._measures import drift_of
+from ._states import AbstractStateRegulariser
+
+OF_THEIR_OWN = (DiagonalMilstein, diffrax.ALIGN, diffrax.ShOULD, diffrax.QUICSORT, diffrax.SemiImplicitEuler)
+
+
+def alongside(
+    regularisers: Sequence[AbstractStateRegulariser], terms: Any, y0: PyTree, args: Any, key: Any, solver: Any
+) -> tuple[Any, Any]:
+    """The terms and the start with the integrals beside the state.
+
+    Raises:
+        ValueError: for solvers that need terms of a kind of their own.
+    """
+    if isinstance(terms, tuple) or isinstance(solver, OF_THEIR_OWN):
+        name = type(regularisers[0]).__name__
+        raise ValueError(  # noqa: TRY004
+            f"{type(solver).__name__} takes terms of its own kind, beside which {name} cannot be integrated: use "
+            "another solver, or a regulariser that reads steps, e.g. sf.regularisers.LocalError()."
+        )
+    dtype = jnp.finfo(jnp.result_type(*jtu.tree_leaves(y0))).dtype
+    drift = drift_of(terms, args)
+    drawn = [r.draw(None if key is None else jax.random.fold_in(key, i), y0) for i, r in enumerate(regularisers)]
+
+    def rates(t: Any, y: PyTree) -> tuple[Any, ...]:
+        return tuple(jnp.asarray(r.rate(drift, t, y, d), dtype) for r, d in zip(regularisers, drawn))
+
+    nothing = tuple(jnp.zeros((), dtype) for _ in regularisers)
+    return beside(terms, rates, nothing), (y0, nothing)

@@ -1,0 +1,336 @@
+"""What a walk costs: closed forms, finite differences, unbiasedness, and solutions that do not notice."""
+
+import functools
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sdeflow as sf
+from sdeflow import regularisers as reg
+
+pytestmark = pytest.mark.usefixtures("x64_module")
+
+LOCALS = [kind(time=time) for kind in (reg.LocalError, reg.LocalStiffness) for time in ("biased", "unbiased")]
+KEY = jax.random.key(3)
+UNEVEN = np.array([0.0, 0.1, 0.35, 0.4, 0.75, 1.0])
+
+
+def _penalty(regulariser, equation, y0, ts, **kwargs):
+    key = {"key": KEY} if regulariser.draws else {}
+    sol = sf.solve(equation, y0, ts, regularisers=(regulariser,), **{**key, **kwargs})
+    return sol.penalties[type(regulariser).__name__]
+
+
+LINEAR = sf.ODE(lambda t, y, rate: rate * y)
+
+# y' = lambda y, z = lambda h: the embedded errors are polynomials in z (coefficient, power).
+EMBEDDED = {
+    dfx.Tsit5: ((-4.26476368e-4, 5), (1.55953320e-4, 6), (-2.17001716e-5, 7)),
+    dfx.Dopri5: ((-5.38888889e-4, 5), (2.16666667e-4, 6), (-2.77777778e-5, 7)),
+    dfx.Bosh3: ((-1 / 48, 3), (-1 / 48, 4)),
+    dfx.Heun: ((-1 / 2, 2),),
+}
+
+
+@pytest.mark.parametrize("solver", EMBEDDED, ids=lambda s: s.__name__)
+def test_the_error_of_a_linear_equation_is_its_polynomial(solver):
+    def closed(rate):
+        z = rate * 0.4
+        return jnp.abs(2.0 * sum(c * z**k for c, k in EMBEDDED[solver])) * 0.4
+
+    for regulariser in (reg.GlobalError(), reg.LocalError()):
+        run = lambda rate, r=regulariser: _penalty(r, LINEAR, jnp.array([2.0]), [0.0, 0.4], args=rate, solver=solver())
+        ours, exact = jax.value_and_grad(run)(-1.3), jax.value_and_grad(closed)(-1.3)
+        np.testing.assert_allclose(ours, exact, rtol=1e-6)
+
+
+def test_the_error_of_tsit5_has_the_known_digits():
+    run = lambda rate: _penalty(
+        reg.GlobalError(), LINEAR, jnp.array([2.0]), [0.0, 0.4], args=rate, solver=dfx.Tsit5()
+    )  # fmt: skip
+    value, slope = jax.value_and_grad(run)(-1.3)
+    np.testing.assert_allclose(value, 1.5616951205e-5, rtol=1e-8)
+    np.testing.assert_allclose(slope, -6.22371839e-5, rtol=1e-8)
+
+
+@pytest.mark.parametrize("solver", [dfx.Tsit5(), dfx.Dopri5(), dfx.Bosh3(), dfx.Heun(), dfx.Kvaerno3()], ids=repr)
+def test_the_stiffness_of_a_linear_equation_is_its_rate(solver):
+    for regulariser in (reg.GlobalStiffness(aggregate="mean"), reg.LocalStiffness()):
+        value = _penalty(regulariser, LINEAR, jnp.array([2.0]), [0.0, 0.4, 0.9], args=-1.3, solver=solver)
+        np.testing.assert_allclose(value, 1.3, rtol=1e-6)
+
+
+def _noisy(solver):
+    additive = isinstance(solver, dfx.ShARK | dfx.SRA1)
+    drift = lambda t, y, a: -a[0] * y + jnp.sin(a[1] * t + y[::-1])
+    diffusion = (
+        (lambda t, y, a: 0.3 * a[1] * jnp.ones_like(y)) if additive else (lambda t, y, a: 0.3 * jnp.cos(a[1] * y))
+    )
+    return sf.SDE(drift, diffusion, interpretation="stratonovich", additive=additive)
+
+
+SOLVERS = {
+    "Tsit5": (dfx.Tsit5(), None),
+    "Heun-ode": (dfx.Heun(), None),
+    "ShARK": (dfx.ShARK(), _noisy),
+    "SPaRK": (dfx.SPaRK(), _noisy),
+    "SRA1": (dfx.SRA1(), _noisy),
+    "Heun": (dfx.Heun(), _noisy),
+}
+FROZEN = [
+    reg.GlobalError(rtol=1e-2, atol=1e-2),
+    reg.GlobalStiffness(),
+    reg.LocalError(detach_state=False, rtol=1e-2, atol=1e-2),
+    reg.LocalStiffness(detach_state=False, time="biased", weighting="sum"),
+]
+
+
+@pytest.mark.parametrize("regulariser", FROZEN, ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("Tsit5", "SPaRK") else pytest.mark.slow) for n in SOLVERS]
+)
+def test_gradients_are_finite_differences_along_a_frozen_grid(name, regulariser):
+    solver, build = SOLVERS[name]
+    equation = sf.ODE(lambda t, y, a: -a[0] * y + jnp.sin(a[1] * t + y[::-1])) if build is None else build(solver)
+    key = {} if build is None else {"key": KEY}
+    y0 = jnp.array([0.4, -0.9])
+    run = jax.jit(lambda a: _penalty(regulariser, equation, y0, UNEVEN, args=a, solver=solver, **key))
+    a, d, h = jnp.array([1.3, 0.8]), jnp.array([0.6, -0.8]), 1e-4
+    slope = jax.jit(jax.grad(run))(a) @ d
+    wide, narrow = ((run(a + s * d) - run(a - s * d)) / (2 * s) for s in (2 * h, h))
+    np.testing.assert_allclose(slope, (4 * narrow - wide) / 3, rtol=1e-6)
+    assert abs(slope) > 1e-9
+
+
+@functools.cache
+def _charges(kind):
+    """Every step's charge, one after the other, along the uneven grid."""
+    equation = sf.ODE(lambda t, y, a: jnp.sin(3 * t + y[::-1]) - y)
+    y = sf.solve(equation, jnp.array([0.4, -0.9]), UNEVEN, solver=dfx.Bosh3()).ys
+    return np.array(
+        [_penalty(kind(), equation, y[i], UNEVEN[i : i + 2], solver=dfx.Bosh3()) for i in range(len(UNEVEN) - 1)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("local", "total"), [(reg.LocalError, reg.GlobalError), (reg.LocalStiffness, reg.GlobalStiffness)]
+)
+@pytest.mark.parametrize("time", ["biased", "unbiased"])
+def test_what_is_drawn_is_an_unbiased_estimate_of_the_sum(local, total, time):
+    equation = sf.ODE(lambda t, y, a: jnp.sin(3 * t + y[::-1]) - y)
+    charges, h = _charges(total), np.diff(UNEVEN)
+    regulariser = local(time=time, weighting="sum")
+    one = lambda key: _penalty(regulariser, equation, jnp.array([0.4, -0.9]), UNEVEN, solver=dfx.Bosh3(), key=key)
+    drawn = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 4000)))
+    # By enumeration: each step's weight is one over its probability.
+    chance = np.full(5, 0.2) if time == "biased" else h / h.sum()
+    possible = charges / chance
+    np.testing.assert_allclose(chance @ possible, charges.sum(), rtol=1e-12)
+    which = np.argmin(np.abs(drawn[:, None] - possible), axis=1)
+    np.testing.assert_allclose(drawn, possible[which], rtol=1e-7)
+    counts = np.bincount(which, minlength=5)
+    assert (np.abs(counts - 4000 * chance) < 5 * np.sqrt(4000 * chance * (1 - chance))).all()
+    whole = _penalty(total(), equation, jnp.array([0.4, -0.9]), UNEVEN, solver=dfx.Bosh3())
+    np.testing.assert_allclose(whole, charges.sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("regulariser", [reg.GlobalError(), reg.GlobalStiffness(), reg.LocalError(), reg.LocalStiffness()],
+                         ids=lambda r: type(r).__name__)  # fmt: skip
+@pytest.mark.parametrize("solver", [dfx.Tsit5(), dfx.Heun()], ids=repr)
+def test_gradients_are_finite_where_there_is_no_error_and_nothing_moves(regulariser, solver):
+    for field in (lambda t, y, a: a * jnp.ones_like(y), lambda t, y, a: 0.0 * a * y):
+        run = lambda a, f=field: _penalty(
+            regulariser, sf.ODE(f), jnp.array([1.0, 2.0]), [0.0, 0.5, 1.0], args=a, solver=solver
+        )
+        value, slope = jax.value_and_grad(run)(0.7)
+        assert np.isfinite(value)
+        assert np.isfinite(slope)
+        assert abs(value) < 1e-6 or isinstance(regulariser, reg.GlobalStiffness | reg.LocalStiffness)
+
+
+# Integrals along the solution.
+
+
+def test_integrals_have_their_closed_forms():
+    y0, rate, ts = jnp.array([1.0, -2.0]), -0.7, np.linspace(0.0, 1.0, 21)
+    energy = 5 * (1 - np.exp(2 * rate)) / (-2 * rate)
+    run = lambda r: _penalty(r, LINEAR, y0, ts, args=rate, solver=dfx.Tsit5())
+    np.testing.assert_allclose(run(reg.Kinetic()), rate**2 * energy, rtol=1e-9)
+    np.testing.assert_allclose(run(reg.TaylorDerivative(1)), rate**2 * energy, rtol=1e-9)
+    np.testing.assert_allclose(run(reg.TaylorDerivative(3)), rate**6 * energy, rtol=1e-9)
+    np.testing.assert_allclose(run(reg.JacobianFrobenius()), 2 * rate**2, rtol=1e-12)
+
+
+def test_the_taylor_derivative_sees_the_time_in_the_field():
+    # y' = t^2 has y'' = 2 t, whose square integrates to 4/3.
+    value = _penalty(reg.TaylorDerivative(2), sf.ODE(lambda t, y, a: t**2 + 0 * y), jnp.array(0.0), [0.0, 1.0], dt0=0.1)
+    np.testing.assert_allclose(value, 4 / 3, rtol=1e-12)
+
+
+def test_the_mean_over_signs_is_the_frobenius_norm():
+    matrix = jnp.array([[0.3, -1.0], [0.5, 0.2]])
+    equation = sf.ODE(lambda t, y, a: matrix @ y)
+    one = lambda key: _penalty(reg.JacobianFrobenius(), equation, jnp.ones(2), [0.0, 1.0], dt0=0.5, key=key)
+    values = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(KEY, 400)))
+    assert abs(values.mean() - (matrix**2).sum()) < 5 * values.std() / 20
+    assert values.std() > 0.05
+
+
+ALL = (reg.GlobalError(), reg.GlobalStiffness(), reg.LocalError(), reg.LocalStiffness(), reg.Kinetic(), reg.JacobianFrobenius(), reg.TaylorDerivative(2))  # fmt: skip
+
+
+def test_a_solution_does_not_notice_that_it_is_charged_for():
+    solver = dfx.SPaRK()
+    run = lambda r: sf.solve(_noisy(solver), jnp.array([0.4, -0.9]), UNEVEN, dt0=0.03, args=jnp.array([1.3, 0.8]),
+                             solver=solver, key=KEY, regularisers=r, save_fn=lambda t, y, a: (y, t))  # fmt: skip
+    plain, all_of_them = run(()), run(ALL)
+    assert set(all_of_them.penalties) == {type(r).__name__ for r in ALL}
+    assert all(np.isfinite(x) and x > 0 for x in all_of_them.penalties.values())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13),
+        (plain.ys, plain.final),
+        (all_of_them.ys, all_of_them.final),
+    )
+    assert plain.stats["nfe"] == all_of_them.stats["nfe"]
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        None,
+        pytest.param(dfx.RecursiveCheckpointAdjoint(), marks=pytest.mark.slow),
+        pytest.param(dfx.DirectAdjoint(), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_adaptive_steps_do_not_notice_either(adjoint):
+    control = dfx.PIDController(1e-5, 1e-7)
+    run = lambda r: sf.solve(sf.ODE(lambda t, y, a: jnp.sin(3 * t + y[::-1]) - y), jnp.array([0.4, -0.9]), [0.0, 1.0, 2.0],
+                             solver=dfx.Tsit5(), stepsize_controller=control, regularisers=r, adjoint=adjoint,
+                             key=KEY if r else None)  # fmt: skip
+    plain, charged = run(()), run(ALL)
+    assert int(plain.stats["num_steps"]) == int(charged.stats["num_steps"])
+    np.testing.assert_allclose(charged.ys, plain.ys, rtol=1e-10)
+
+
+@functools.cache
+def _adaptive(index, adjoint):
+    regulariser = (*ALL[:2], reg.LocalError(time="biased"), ALL[3])[index]
+    run = lambda a: _penalty(regulariser, _noisy(dfx.SPaRK()), jnp.array([0.4, -0.9]), [0.0, 0.5, 1.0], args=a, solver=dfx.SPaRK(),
+                             dt0=0.05, stepsize_controller=dfx.PIDController(1e-2, 1e-2, dtmin=2**-12), adjoint=adjoint, key=KEY)  # fmt: skip
+    return jax.jit(jax.value_and_grad(run))(jnp.array([1.3, 0.8]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(4))
+def test_adaptive_noise_is_charged_alike_by_our_rule_and_by_diffrax(index):
+    ours, theirs = _adaptive(index, sf.adjoints.DiscreteAdjoint()), _adaptive(index, dfx.RecursiveCheckpointAdjoint())
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-8)
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-7)
+
+
+REVERSIBLE = {"coupled": sf.solvers.McCallumFoster(dfx.Heun()), "heun": dfx.ReversibleHeun()}
+CHARGED = [reg.LocalError(weighting="sum"), reg.Kinetic(), reg.GlobalError(), reg.GlobalStiffness()]
+
+
+@functools.cache
+def _under(adjoint, name, index, padded):
+    grid = sf.grids.through(UNEVEN, 0.05)
+    grid = grid.pad(grid.num_rows + 4) if padded else grid
+    weights = jnp.array([1.0, 0.3])
+
+    def loss(a, grid):
+        sol = sf.solve(_noisy(dfx.SPaRK()), jnp.array([0.4, -0.9]), jnp.asarray(UNEVEN), args=a, grid=grid, key=KEY,
+                       solver=REVERSIBLE[name], adjoint=adjoint, regularisers=(CHARGED[index],), throw=False)  # fmt: skip
+        return sol.penalties[type(CHARGED[index]).__name__] + (weights * sol.ys**2).sum()
+
+    run = jax.jit(jax.value_and_grad(loss))
+    return run(jnp.array([1.3, 0.8]), grid)
+
+
+@pytest.mark.parametrize("index", range(4), ids=[type(r).__name__ for r in CHARGED])
+@pytest.mark.parametrize("name", ["heun", pytest.param("coupled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_all_of_them_work_under_a_reversible_adjoint(index, name, padded):
+    ours = _under(sf.adjoints.ReversibleAdjoint(), name, index, padded)
+    stored = _under(sf.adjoints.DiscreteAdjoint(), name, index, padded)
+    np.testing.assert_allclose(ours[0], stored[0], rtol=1e-10)
+    np.testing.assert_allclose(ours[1], stored[1], rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_global_ones_work_under_a_reversible_adjoint_with_adaptive_steps():
+    field = sf.ODE(lambda t, y, a: -a[0] * y + jnp.sin(a[1] * t + y[::-1]))
+    run = lambda a, adjoint: _penalty(reg.GlobalError(), field, jnp.array([0.4, -0.9]), [0.0, 0.5, 1.0], args=a,
+                                      solver=sf.solvers.McCallumFoster(dfx.Bosh3()), adjoint=adjoint,
+                                      stepsize_controller=dfx.PIDController(1e-5, 1e-7))  # fmt: skip
+    ours, stored = (jax.jit(jax.value_and_grad(lambda a, adj=adj: run(a, adj)))(jnp.array([1.3, 0.8]))
+                    for adj in (sf.adjoints.ReversibleAdjoint(), sf.adjoints.DiscreteAdjoint()))  # fmt: skip
+    np.testing.assert_allclose(ours[0], stored[0], rtol=1e-8)
+    np.testing.assert_allclose(ours[1], stored[1], rtol=1e-8)
+
+
+def test_batches_are_charged_series_by_series_and_in_float32():
+    def one(y0, key):
+        return sf.solve(_noisy(dfx.SPaRK()), y0, UNEVEN, args=jnp.array([1.3, 0.8], y0.dtype), solver=dfx.SPaRK(), key=key,
+                        regularisers=ALL[:4]).penalties  # fmt: skip
+
+    starts, keys = jnp.array([[0.4, -0.9], [1.0, 0.1]]), jax.random.split(KEY, 2)
+    batch = jax.jit(jax.vmap(one))(starts, keys)
+    single = jax.jit(one)(starts[1], keys[1])
+    for name, value in single.items():
+        np.testing.assert_allclose(batch[name][1], value, rtol=1e-9)
+    low = jax.jit(one)(starts[1].astype(jnp.float32), keys[1])
+    assert all(x.dtype == jnp.float32 and np.isfinite(x) for x in low.values())
+
+
+def test_a_regulariser_in_a_loss_is_weighted_by_a_schedule():
+    loss = sf.losses.CrossEntropy() + optax.exponential_decay(100.0, 10, 0.1) * reg.LocalError()
+    assert len(loss.terms) == 2
+    term, weight = loss.terms[1]
+    assert isinstance(term, reg.LocalError)
+    np.testing.assert_allclose(weight(10), 10.0)
+    halved = 0.5 * (reg.Kinetic() + sf.losses.CrossEntropy())
+    assert [w for _, w in halved.terms] == [0.5, 0.5]
+
+
+def test_a_random_end_time_stays_within_its_width():
+    ends = jax.vmap(lambda k: sf.grids.steer_end_time(jnp.array([0.0, 0.2, 1.0]), 0.5, key=k)[-1])(
+        jax.random.split(KEY, 1000)
+    )
+    assert 0.5 <= float(ends.min()) < 0.52
+    assert 1.48 < float(ends.max()) <= 1.5
+    with pytest.raises(ValueError, match="width must lie between 0 and the length of the last interval, 0.8"):
+        sf.grids.steer_end_time([0.0, 0.2, 1.0], 0.9, key=KEY)
+
+
+BAD = {
+    "no key": (lambda: _bad(reg.LocalError()), ValueError, "LocalError draws at random: pass key="),
+    "twice": (lambda: _bad(reg.Kinetic(), reg.Kinetic()), ValueError, "Kinetic was given twice"),
+    "weighted": (lambda: _bad(0.5 * reg.Kinetic()), TypeError, "weight belongs to the loss"),
+    "no regulariser": (lambda: _bad(3.0), TypeError, "instances of classes of sf.regularisers, got 3.0"),
+    "no estimate": (lambda: _bad(reg.GlobalError(), solver=dfx.LeapfrogMidpoint()), ValueError, "LeapfrogMidpoint estimates no error"),
+    "no steps seen": (lambda: _bad(reg.GlobalError(), adjoint=dfx.BacksolveAdjoint(), dt0=0.5), ValueError, "use adjoint=sf.adjoints.DiscreteAdjoint"),
+    "own terms": (lambda: sf.solve(sf.equations.GeometricBrownianMotion(0.1, 0.4), jnp.ones(2), [0.0, 1.0], dt0=0.1, key=KEY,
+                                   solver=sf.solvers.DiagonalMilstein(), regularisers=(reg.Kinetic(),)), ValueError, "takes terms of its own kind"),
+    "order": (lambda: reg.TaylorDerivative(0), ValueError, "order must be a positive integer, got 0"),
+    "time": (lambda: reg.LocalError(time="often"), ValueError, 'time must be "unbiased" or "biased"'),
+    "weighting": (lambda: reg.LocalError(weighting="none"), ValueError, 'weighting must be "paper" or "sum"'),
+    "aggregate": (lambda: reg.GlobalError(aggregate="max"), ValueError, 'aggregate must be "sum" or "mean"'),
+}  # fmt: skip
+
+
+def _bad(*regularisers, **kwargs):
+    kwargs = {"solver": dfx.Heun(), **kwargs}
+    return sf.solve(LINEAR, jnp.ones(2), [0.0, 1.0], args=-1.0, regularisers=regularisers, **kwargs)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_charged_is_said_in_one_sentence(name):
+    run, kind, match = BAD[name]
+    with pytest.raises(kind, match=match):
+        run()
