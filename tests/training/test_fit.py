@@ -20,6 +20,14 @@ from sdeflow.training import _loop, fit
 ADAM = optax.adam(1e-2)
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """A shell that puts the tests in the background makes them deaf to SIGINT, which some of them send themselves."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(model=None, data=None, loss=squares, **kwargs):
     given = {"optim": ADAM, "steps": 12, "batch_size": 8, "key": jr.key(7), "progress": False}
     return fit(mlp() if model is None else model, data or Rows(), loss, **(given | kwargs))
