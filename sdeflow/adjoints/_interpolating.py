@@ -9,10 +9,13 @@ stable in the direction in which it is solved, so it is given to the same solver
 an implicit solve, however many there are: the first integral is a sum over nodes of each row, for which there are two
 choices, and the second takes a to be linear within a row.
 
-* "stages": the solver's own nodes, weights and values of a there, as if it had integrated the gradient as well. What a
-  stiff direction loses in a row is then charged exactly, even where a jump has left more than the steps resolve.
+* "stages": the solver's own nodes, weights and values of a there, as if it had integrated the gradient as well.
 * "gauss": the Gauss-Legendre nodes m + {-sqrt(3/5), 0, sqrt(3/5)} h / 2 with weights {5, 8, 5} / 18, and a from the
-  solver's interpolation, which is only meant for steps that resolve a.
+  solver's interpolation.
+
+Both agree where the steps resolve a. In a stiff equation they may not just before a time at which a jumps: there a
+stiff direction of a decays, backwards, within a step. Stages stay bounded then; an interpolation of them does not, and
+on Robertson's reactions three nodes of it were wrong by a factor of ten where the stages missed by a few percent.
 
 Sources: Ma, Dixit, Innes, Guo and Rackauckas, A comparison of automatic differentiation and continuous sensitivity
 analysis for derivatives of differential equation solutions, 2021, arXiv:1812.01892; Norcliffe and Deisenroth, Faster
@@ -62,7 +65,8 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
     Optimise, then discretise: gradients are as good as the steps and the solver's interpolation are, and differ from
     those of the numbers that the solve returns, which `DiscreteAdjoint` gives. Nothing is reconstructed, so that the
     equation may be stiff and may forget its start, unlike with `ContinuousAdjoint`; memory is the states and stages of
-    all steps.
+    all steps. A stiff equation wants short steps after its start, and for its gradient also before the times at which
+    states are kept, as from there the fast directions of dL/dy decay backwards.
 
     For ordinary equations with implicit and explicit one-step solvers, and for additive noise, along which the adjoint
     is an ordinary equation (solved by Heun's method where the solver is one for noise alone, with order 1, as the path
@@ -72,9 +76,9 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
     dL/dt1 = a f(t1, y1) and dL/dt0 = -a f(t0, y0), where time alone drives the equation.
 
     Arguments:
-        quadrature: "stages" or "gauss", where gradients with respect to what the equation holds are summed up. The
-            solver's own stages, unlike three nodes of Gauss and Legendre, serve as well where cotangents decay within
-            a step, which they do in every stiff equation.
+        quadrature: "stages" or "gauss", where gradients with respect to what the equation holds are summed up: at the
+            solver's own stages, or at three nodes of Gauss and Legendre, which fail in stiff equations where dL/dy
+            decays within a step.
         record: for adaptive steps only: how many accepted steps the record holds.
 
     Raises:
