@@ -157,7 +157,7 @@ def walk_backwards(
     start: Carry | None,
     keep_dense: bool,
     check: Callable[[tuple[Field, ...]], Any],
-    judge: Callable[[Problem, Any], Any] | None = None,
+    judge: Callable[[Problem, Any], Any] = lambda problem, found: jnp.asarray(False),
 ) -> tuple[Carry, Any, Problem]:
     """Walk all rows, with a reverse pass of this kind as the gradient; the arguments are those of a walk, and more.
 
@@ -226,8 +226,7 @@ def walk_backwards(
             )
         reverse = kind(build, places, inputs, batched, chosen, every)
         out, found, okay = reverse.run(*values_def.unflatten(cts))
-        if judge is not None:
-            okay = okay & ~reverse.over(lambda inputs, x: judge(build(inputs), x), inputs, found)
+        okay = okay & ~reverse.over(lambda inputs, x: judge(build(inputs), x), inputs, found)
         out = reverse.spoiled(out, ~okay)
         return [out[i] for i in chosen]
 

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ..solvers._charging import Charging
 from ..walking import Carry, Rows
 from ._adaptive import can_record, replaying_loop
 from ._backwards import Backwards, Problem, check_terms, walk_backwards
@@ -114,11 +113,6 @@ def check_solver(solver: Any) -> None:
     Raises:
         ValueError: naming the solver and what can be used.
     """
-    if isinstance(solver, Charging):
-        raise ValueError(  # noqa: TRY004
-            "ContinuousAdjoint solves the equation and not its steps, which are what regularisers charge for: use "
-            "adjoint=sf.adjoints.DiscreteAdjoint()."
-        )
     name = type(solver).__name__
     if isinstance(solver, diffrax.AbstractImplicitSolver):
         raise ValueError(  # noqa: TRY004

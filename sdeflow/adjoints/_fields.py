@@ -24,6 +24,7 @@ from jaxtyping import Array, PyTree
 
 from ..equations._terms import DriftTerm
 from ..paths._rows import RowNoise
+from ..solvers._charging import _DriftBeside
 from ..walking import Rows
 from ._lanes import dot, zeros
 
@@ -87,12 +88,17 @@ def read_fields(terms: Any, args: Any, rows: Rows, y: PyTree, levy: bool) -> tup
             call = lambda t, y, x, term=term: term.prod(term.vf(t, y, args), x)
             additive = not depends(lambda y, call=call, x=x: call(t, y, x), y)
             fields.append(Field(convert(call, t, y, x), "noise", additive))
-        elif isinstance(term, DriftTerm | diffrax.ODETerm):
+        elif _is_drift(term):
             fields.append(Field(convert(lambda t, y, term=term: term.vf(t, y, args), t, y), "time", False))
         else:
             call = lambda t, y, t0, t1, term=term: term.vf_prod(t, y, args, term.contr(t0, t1))
             fields.append(Field(convert(call, t, y, *ends), "control", False))
     return tuple(fields), convert(controls, noise, *ends)
+
+
+def _is_drift(term: Any) -> bool:
+    """Whether a term is a slope times the length of a step; what regularisers integrate beside the state is, too."""
+    return isinstance(term.term if isinstance(term, _DriftBeside) else term, DriftTerm | diffrax.ODETerm)
 
 
 class Adjoined(diffrax.AbstractTerm):

@@ -36,7 +36,6 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .._results import is_okay, promote
-from ..solvers._charging import Charging
 from ..walking import Carry, Rows, prepare_solver
 from ._adaptive import can_record, replaying_loop
 from ._backwards import Backwards, Problem, check_terms, walk_backwards
@@ -90,8 +89,8 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
         >>> stiff = sf.ODE(lambda t, y, rate: -rate * (y - jnp.cos(t)))
         >>> final = lambda rate: sf.solve(stiff, jnp.array(0.0), [0.0, 1.0], args=rate, dt0=0.1,
         ...                               solver=diffrax.Kvaerno5(), adjoint=sf.adjoints.InterpolatingAdjoint()).final
-        >>> round(float(jax.grad(final)(jnp.array(100.0))), 5)
-        -8e-05
+        >>> round(float(jax.grad(final)(jnp.array(20.0))), 4)
+        -0.002
     """
 
     quadrature: Literal["stages", "gauss"] = eqx.field(default="stages", static=True)
@@ -138,11 +137,6 @@ def check_solver(solver: Any) -> None:
     Raises:
         ValueError: naming the solver and what can be used.
     """
-    if isinstance(solver, Charging):
-        raise ValueError(  # noqa: TRY004
-            "InterpolatingAdjoint solves the equation and not its steps, which are what regularisers charge for: use "
-            "adjoint=sf.adjoints.DiscreteAdjoint()."
-        )
     # A wrapper passes for what it wraps.
     wrapped = isinstance(solver, diffrax.AbstractWrappedSolver)
     split = isinstance(getattr(solver, "tableau", None), diffrax.MultiButcherTableau)

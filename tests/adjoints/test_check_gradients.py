@@ -58,7 +58,7 @@ def test_a_wrong_gradient_is_found():
 
 
 def test_an_adjoint_that_differs_from_the_first_is_found():
-    pair = [sf.adjoints.DiscreteAdjoint(), dfx.BacksolveAdjoint()]
+    pair = [sf.adjoints.DiscreteAdjoint(), sf.adjoints.ContinuousAdjoint()]
     check = sf.check_gradients(_loss, _params(), adjoints=pair)
     assert check.verdicts[0] == "okay"
     assert check.verdicts[1] == "not the first adjoint's gradient"

@@ -83,7 +83,7 @@ def _params():
         pytest.param({"ts": [0.0, 0.25, 0.5, 0.75, 1.0]}, id="equal intervals"),
         pytest.param({"ts": [0.0, 0.1, 0.5, 1.0]}, id="any intervals", marks=pytest.mark.slow),
         pytest.param({"ts": [1.0, 0.6, 0.0], "dt0": -0.05}, id="reverse time", marks=pytest.mark.slow),
-        pytest.param({"ts": [0.0, 0.3, 1.0], "dt0": None, "grid": True}, id="padding"),
+        pytest.param({"ts": [0.0, 0.3, 1.0], "dt0": None, "grid": True}, id="padding", marks=pytest.mark.slow),
         pytest.param(
             {"ts": [0.0, 0.4, 1.0], "save_fn": lambda t, y, args: {"a": jnp.sin(y) * args, "b": t * y[0]}},
             id="save_fn",
@@ -267,11 +267,12 @@ def test_an_adaptive_solve_has_the_gradients_of_its_accepted_steps():
 
 
 def test_a_control_made_of_data_has_gradients_too():
-    ts = jnp.linspace(0.0, 1.0, 11)
+    ts = np.linspace(0.0, 1.0, 11)
 
     def loss(data, a, adjoint):
         term = dfx.ControlTerm(
-            lambda t, y, args: a * jnp.stack([jnp.sin(y), jnp.cos(y)], -1), dfx.LinearInterpolation(ts, data)
+            lambda t, y, args: a * jnp.stack([jnp.sin(y), jnp.cos(y)], -1),
+            dfx.LinearInterpolation(jnp.asarray(ts), data),
         )
         return (
             sf.solve(term, jnp.array([0.3, 0.9]), ts, solver=dfx.Heun(), steps_per_interval=8, adjoint=adjoint)
@@ -334,6 +335,33 @@ def test_times_of_a_stochastic_equation_are_refused_in_one_sentence():
 
     with pytest.raises(ValueError, match="no gradients with respect to noise"):
         jax.grad(loss)(jnp.array(1.0))
+
+
+BOTH = pytest.mark.parametrize("adjoint", [CONTINUOUS, sf.adjoints.InterpolatingAdjoint()], ids=["with", "along"])
+
+
+@BOTH
+def test_second_derivatives_are_refused_in_one_sentence(adjoint):
+    loss = lambda y0: _linear(_matrix(), y0, adjoint, 2, dfx.Heun())
+    with pytest.raises(ValueError, match="first derivatives in reverse mode"):
+        jax.hessian(loss)(jnp.ones(2))
+
+
+@BOTH
+@pytest.mark.parametrize("stochastic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_is_integrated_beside_the_state_has_gradients_too(adjoint, stochastic):
+    drift = lambda t, y, a: -a * y
+    sde = sf.SDE(drift, lambda t, y, a: 0.3 * jnp.ones_like(y), additive=True)
+    key = {"key": jax.random.key(0)} if stochastic else {}
+
+    def loss(a, adjoint):
+        return sf.solve(
+            sde if stochastic else sf.ODE(drift), jnp.ones(2), [0.0, 1.0], args=a, dt0=0.01, solver=dfx.Heun(),
+            adjoint=adjoint, regularisers=[sf.regularisers.Kinetic()], **key,
+        ).penalties["Kinetic"]  # fmt: skip
+
+    found, wanted = (jax.grad(loss)(jnp.array(0.7), a) for a in (adjoint, DISCRETE))
+    np.testing.assert_allclose(found, wanted, rtol=1e-2 if stochastic else 1e-4)
 
 
 @pytest.mark.parametrize("options", [{"max_defect": 0.0}, {"max_defect": "x"}, {"record": 0}])

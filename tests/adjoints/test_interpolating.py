@@ -162,6 +162,7 @@ def test_gradients_with_respect_to_times_follow_the_closed_rule():
     _close(*_both(loss, jnp.array([0.1, 0.5, 1.0])), 1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_has_the_gradients_of_its_members():
     weights, args, _ = _params()
     starts = jnp.array([[0.4, -0.2], [1.0, 0.3], [-0.5, 0.8]])
@@ -173,6 +174,7 @@ def test_a_batch_has_the_gradients_of_its_members():
     _close(of_starts, each[1], 1e-10)
 
 
+@pytest.mark.slow
 def test_it_goes_into_diffeqsolve():
     def loss(weights, args, y0, adjoint):
         term = dfx.ODETerm(lambda t, y, args: weights[1] @ jnp.tanh(weights[0] @ y + args * t) - y)
