@@ -16,6 +16,7 @@ from diffrax._integrate import SaveState as SaveState
 from diffrax._root_finder import use_stepsize_tol as use_stepsize_tol
 from diffrax._term import WrapTerm as WrapTerm
 from jax.core import Tracer
+from jax.interpreters.partial_eval import dce_jaxpr as dce_jaxpr
 
 _BAD_JAX = {
     "0.10.2": "it computes a jitted, vmapped matrix-vector product followed by a reduction wrongly on CPU",

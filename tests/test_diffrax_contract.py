@@ -142,6 +142,11 @@ def test_concreteness_is_seen_through_a_tracer():
     assert _compat.is_concrete(jnp.ones(2), np.ones(2), 1.0)
 
 
+def test_what_a_jaxpr_does_not_need_of_its_inputs_can_be_told():
+    jaxpr = jax.make_jaxpr(jax.jit(lambda x, y: jnp.ones_like(x) * y))(1.0, 2.0).jaxpr
+    assert _compat.dce_jaxpr(jaxpr, [True])[1] == [False, True]
+
+
 @pytest.mark.parametrize("area", [diffrax.BrownianIncrement, diffrax.SpaceTimeTimeLevyArea])
 def test_a_tree_that_calls_nothing_back_is_diffrax_s_tree_and_answers_nan_outside_of_it(area):
     shape = {"a": jax.ShapeDtypeStruct((2,), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.float32)}

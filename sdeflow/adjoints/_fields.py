@@ -19,9 +19,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
 
+from .._compat import dce_jaxpr
 from ..equations._terms import DriftTerm
 from ..paths._rows import RowNoise
 from ..solvers._charging import _DriftBeside
@@ -34,7 +34,7 @@ def depends(f: Any, x: Any) -> bool:
     moving, rest = eqx.partition(x, eqx.is_inexact_array)
     run = lambda moving: jtu.tree_leaves(eqx.filter(f(eqx.combine(moving, rest)), eqx.is_inexact_array))
     jaxpr = jax.make_jaxpr(run)(moving).jaxpr
-    return any(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
+    return any(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
 
 
 class Field(eqx.Module):
