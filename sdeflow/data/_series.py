@@ -378,6 +378,52 @@ class TimeSeries:
         buckets = choose_buckets(np.diff(offsets), len(self.buckets))
         return dataclasses.replace(self, _times=self._times[keep], _values=values, _offsets=offsets, buckets=buckets)
 
+    def with_times(self, ts: Any, *, beyond: bool = False) -> tuple["TimeSeries", Int[np.ndarray, "N T"]]:
+        """The same series with rows of missing values at further times, and where those rows are.
+
+        A time at which a series has a row already gets no other.
+
+        Arguments:
+            ts: shape (T,) or (N, T), increasing user times, none before the first of a series.
+            beyond: whether all of them must come after the last time of a series.
+
+        Raises:
+            ValueError: for another shape, times that do not increase, or one too early, naming the series.
+
+        Example:
+            >>> from sdeflow.data import TimeSeries
+            >>> data, places = TimeSeries.from_arrays([[0.0, 2.0]], [[1.0, 2.0]]).with_times([1.0, 2.0])
+            >>> data.times[0].tolist(), places.tolist()
+            ([0.0, 0.5, 1.0], [[1, 2]])
+        """
+        raw = np.atleast_1d(self._time_map.raw(ts))
+        if raw.ndim > 2 or raw.size == 0 or (raw.ndim == 2 and raw.shape[0] != len(self)):
+            raise ValueError(f"ts must be of shape (T,) or ({len(self)}, T) with T >= 1, got {raw.shape}.")
+        raw = np.broadcast_to(raw, (len(self), raw.shape[-1]))
+        if (np.diff(raw, axis=1) <= 0).any():
+            raise ValueError("ts must increase strictly; sort the times and leave out repeats.")
+        wanted = self._time_map.to_internal(raw, self._time_map.offset(raw.shape, np.arange(len(self))))
+        times, values, places = [], [], []
+        for name, t, x, more in zip(self.ids, self.times, self.values, wanted):
+            if more[0] < t[0] or (beyond and more[0] <= t[-1]):
+                edge = "after its last" if beyond else "not before its first"
+                raise ValueError(f"Series {name!r}: all ts must come {edge} time.")
+            merged, back = np.unique(np.concatenate([t, more]), return_inverse=True)
+            filled = np.full((merged.size, x.shape[1]), np.nan)
+            filled[back[: t.size]] = x
+            times.append(merged)
+            values.append(filled)
+            places.append(back[t.size :])
+        lengths = np.array([t.size for t in times])
+        changed = dataclasses.replace(
+            self,
+            _times=np.concatenate(times),
+            _values=np.concatenate(values),
+            _offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            buckets=choose_buckets(lengths, len(self.buckets)),
+        )
+        return changed, np.array(places)
+
     # Values
 
     def standardise(self, like: "TimeSeries | None" = None) -> "TimeSeries":

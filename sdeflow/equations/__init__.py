@@ -1,5 +1,6 @@
 """What moves: stochastic and ordinary differential equations, and the linear ones that are solved exactly."""
 
+from ._chart import Chart as Chart
 from ._equation import ODE as ODE
 from ._equation import SDE as SDE
 from ._equation import AbstractEquation as AbstractEquation

@@ -18,6 +18,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
+from ._chart import Chart
 from ._terms import DiffusionTerm, DriftTerm
 
 Interpretation = Literal["ito", "stratonovich"]
@@ -53,6 +54,10 @@ class AbstractEquation(eqx.Module):
         if path is None:
             raise ValueError("A stochastic equation needs a path for its terms, e.g. sf.paths.GridBrownian(...).")
         return diffrax.MultiTerm(DriftTerm(self.drift), DiffusionTerm(self.diffusion, path))  # pyright: ignore
+
+    def chart(self, y0: PyTree) -> Chart | None:
+        """The coordinates in which `sdeflow.solve` walks this equation from ``y0``; None for its own."""
+        del y0
 
     def to_ito(self, *, elementwise: bool = False) -> "AbstractEquation":
         """The same process in the Ito sense; see `to_stratonovich`."""

@@ -8,4 +8,5 @@ from ._readers import LocalError as LocalError
 from ._readers import LocalStiffness as LocalStiffness
 from ._states import JacobianFrobenius as JacobianFrobenius
 from ._states import Kinetic as Kinetic
+from ._states import PathKL as PathKL
 from ._states import TaylorDerivative as TaylorDerivative

@@ -19,7 +19,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from .._compat import is_concrete, is_term
 from .._results import RESULTS, SolveError, is_okay
 from ..adjoints import AbstractWalkAdjoint
-from ..equations import AbstractEquation
+from ..equations import AbstractEquation, Chart
+from ..equations._chart import Reading
 from ..equations._terms import DriftTerm, check_raw_term
 from ..grids import Grid
 from ..grids._grid import cast
@@ -138,6 +139,13 @@ def solve(
             "wrap a drift and a diffusion as sf.SDE(drift, diffusion), a vector field as sf.ODE(vector_field)."
         )
     stochastic = not raw and equation.is_stochastic  # pyright: ignore
+    chart = None if raw else equation.chart(y0)  # pyright: ignore
+    if chart is not None:
+        return _in_coordinates(
+            chart, ts, args=args, key=key, dt0=dt0, grid=grid, steps_per_interval=steps_per_interval, solver=solver,
+            path=path, stepsize_controller=stepsize_controller, adjoint=adjoint, regularisers=regularisers,
+            save_fn=save_fn, event=event, max_steps=max_steps, throw=throw,
+        )  # fmt: skip
     ts = check_ts(ts, repeats=grid is not None or steps_per_interval is not None or path is not None)
     # With one time there is nothing to solve: the start is the solution.
     still = len(ts) == 1
@@ -235,6 +243,16 @@ def solve(
         hint = controls_cut_short((equation, args), ts) if nonfinite else ""
         raise SolveError(sol.result, failure(sol) + hint)
     return sol
+
+
+def _in_coordinates(chart: Chart, ts: Any, *, save_fn: Any, event: Any, **options: Any) -> Solution:
+    """The solution of an equation that is walked in other coordinates."""
+    if event is not None:
+        reading = jtu.tree_map(lambda fn: Reading(chart.read, fn), event.cond_fn, is_leaf=callable)
+        event = eqx.tree_at(lambda e: e.cond_fn, event, reading, is_leaf=callable)
+    sol = solve(chart.equation, chart.start, ts, save_fn=Reading(chart.read, save_fn), event=event, **options)
+    stats = {**sol.stats, **chart.notes(sol.final)}
+    return eqx.tree_at(lambda s: (s.final, s.stats), sol, (chart.read(sol.final), stats))
 
 
 @eqx.filter_jit

@@ -8,9 +8,12 @@ from ._fit import fit as fit
 from ._prediction import Prediction as Prediction
 from ._result import Event as Event
 from ._result import FitResult as FitResult
+from .losses import ELBO as ELBO
 from .losses import AbstractLoss as AbstractLoss
 from .losses import AbstractPredictionLoss as AbstractPredictionLoss
 from .losses import CrossEntropy as CrossEntropy
+from .losses import EnergyScore as EnergyScore
 from .losses import FunctionLoss as FunctionLoss
 from .losses import MaskedMSE as MaskedMSE
+from .losses import NegativeLogLikelihood as NegativeLogLikelihood
 from .losses import Sum as Sum

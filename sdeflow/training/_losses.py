@@ -1,6 +1,6 @@
 """Losses on predictions of series: ``CrossEntropy`` and ``MaskedMSE``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +59,13 @@ class CrossEntropy(AbstractPredictionLoss):
 class MaskedMSE(AbstractPredictionLoss):
     r"""The mean squared error over what was observed, ``sum_i w_i sum_j m_ij e_ij^2 / sum_i w_i sum_j m_ij``.
 
-    ``prediction.outputs`` are compared with ``batch.targets`` where the batch has them (NaN there is
-    missing), else with ``batch.values`` where ``batch.mask`` is True. Both must have the same shape, (B,
-    ...). A batch in which nothing is observed costs 0.
+    ``prediction.outputs`` are compared with ``batch.targets`` where the batch has them (NaN there is missing), else with
+    ``batch.values`` where ``batch.mask`` is True, and where ``prediction.scored`` is if the model says what it was not
+    shown. Both must have the same shape, (B, ...); outputs of several samples have one more axis after the first, and
+    then the error is the mean over the samples. A batch in which nothing is observed costs 0.
+
+    For samples of a stochastic model the mean square error is smallest where they do not vary at all; `EnergyScore` and
+    `NegativeLogLikelihood` are for those.
 
     Raises:
         ValueError: the batch has neither targets nor values, or the shapes differ.
@@ -77,26 +81,59 @@ class MaskedMSE(AbstractPredictionLoss):
 
     def score(self, prediction: Prediction, batch: PyTree, step: Array | int) -> tuple[Float[Array, ""], Metrics]:
         """Score outputs against what was observed."""
-        outputs, name, wanted = jnp.asarray(prediction.outputs), "targets", field(batch, "targets")
-        if wanted is None:
-            name, wanted = "values", field(batch, "values")
-        if wanted is None:
-            raise ValueError("MaskedMSE was given a batch without targets or values; build the data with `targets=`.")
-        wanted = jnp.asarray(wanted)
-        if outputs.shape != wanted.shape or outputs.ndim < 1:
-            raise ValueError(
-                f"MaskedMSE was given outputs of shape {outputs.shape} for {name} of shape {wanted.shape}; "
-                "the shapes must be equal."
-            )
-        observed = ~jnp.isnan(wanted)
-        if name == "values" and (mask := field(batch, "mask")) is not None:
-            observed &= _like(jnp.asarray(mask).astype(bool), wanted)
-        weight = row_weight(batch, outputs.shape[0], outputs.dtype)
-        observed &= _like(weight > 0, wanted)
-        error = jnp.where(observed, outputs, 0) - jnp.where(observed, wanted, 0).astype(outputs.dtype)
-        axes = tuple(range(1, outputs.ndim))
-        counts = jnp.sum(observed, axis=axes, dtype=outputs.dtype)
-        return row_mean(jnp.sum(error**2, axis=axes), weight, counts), {}
+        seen = observations("MaskedMSE", prediction, batch)
+        square = jnp.mean(seen.error**2, axis=1)
+        return row_mean(jnp.sum(square, axis=tuple(range(1, square.ndim))), seen.weight, seen.counts), {}
+
+
+class Scored(NamedTuple):
+    """What a prediction is compared with.
+
+    Arguments:
+        wanted: shape (B, ...), what was observed.
+        observed: the same, whether it was, and counts.
+        error: shape (B, S, ...), outputs less what was observed, 0 where nothing was.
+        weight: shape (B,).
+        counts: shape (B,), the entries that count.
+    """
+
+    wanted: Array
+    observed: Array
+    error: Array
+    weight: Array
+    counts: Array
+
+
+def observations(name: str, prediction: Prediction, batch: PyTree) -> Scored:
+    """Outputs beside the targets of a batch (NaN there is missing), or else beside its values.
+
+    Raises:
+        ValueError: naming the loss, if the batch has neither, or if the shapes differ.
+    """
+    outputs, what, wanted = jnp.asarray(prediction.outputs), "targets", field(batch, "targets")
+    if wanted is None or prediction.scored is not None:
+        what, wanted = "values", field(batch, "values")
+    if wanted is None:
+        raise ValueError(f"{name} was given a batch without targets or values; build the data with `targets=`.")
+    wanted = jnp.asarray(wanted)
+    sampled = outputs.ndim == wanted.ndim + 1
+    if (outputs.shape[:1] + outputs.shape[2:] if sampled else outputs.shape) != wanted.shape or outputs.ndim < 1:
+        raise ValueError(
+            f"{name} was given outputs of shape {outputs.shape} for {what} of shape {wanted.shape}; "
+            "the shapes must be equal, but for an axis of samples after the first."
+        )
+    observed = ~jnp.isnan(wanted)
+    if what == "values" and (mask := field(batch, "mask")) is not None:
+        observed &= _like(jnp.asarray(mask).astype(bool), wanted)
+    if prediction.scored is not None:
+        observed &= _like(prediction.scored, wanted)
+    weight = row_weight(batch, outputs.shape[0], outputs.dtype)
+    observed &= _like(weight > 0, wanted)
+    samples = outputs if sampled else outputs[:, None]
+    error = jnp.where(observed[:, None], samples, 0)
+    error -= jnp.where(observed, wanted, 0).astype(outputs.dtype)[:, None]
+    counts = jnp.sum(observed, axis=tuple(range(1, wanted.ndim)), dtype=outputs.dtype)
+    return Scored(wanted, observed, error, weight, counts)
 
 
 def _like(mask: Any, x: Any) -> Any:

@@ -10,12 +10,17 @@ class Prediction(eqx.Module):
     """The answer of ``model(batch, *, key, regularisers=())``, read by the losses of `sdeflow.losses`.
 
     Arguments:
-        outputs: what is scored, one row per series: logits (B, K), values (B, k) or (B, L, C).
+        outputs: what is scored, one row per series: logits (B, K), values (B, k) or (B, L, C); several samples of
+            them, (B, S, ...).
         states: the hidden path, leaves (B, n, ...), or None.
         kl: the Kullback-Leibler divergence in nats, shape () or (B,), or None.
         penalties: a dict from the class name of each regulariser that was passed in to its cost, shape () or
             (B,).
         result: how the solve ended (members of `sdeflow.RESULTS`, shape () or (B,)), or None.
+        scored: which entries of ``batch.values`` are to be compared with the outputs, shape (B, L, C); None for all that
+            was observed.
+        scale: the standard deviation of an observation given its output, of a shape that broadcasts to (B, L, C), or
+            None.
 
     Example:
         >>> import jax.numpy as jnp
@@ -29,3 +34,5 @@ class Prediction(eqx.Module):
     kl: Array | None = None
     penalties: dict[str, Array] = eqx.field(default_factory=dict)
     result: Any = None
+    scored: Array | None = None
+    scale: Array | None = None

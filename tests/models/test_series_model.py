@@ -211,7 +211,7 @@ def test_more_samples_average_probabilities():
     own = jax.vmap(lambda i: jr.split(jr.fold_in(KEY, i), 3))(batch.ids)
 
     def one(times, values, key):
-        return jax.nn.softmax(model.readout(model._walk(times, values, key, ()).final))
+        return jax.nn.softmax(model.readout(model._walk(times, values, None, key)[0].final))
 
     each = jax.jit(jax.vmap(jax.vmap(one, (None, None, 0))))
     share = each(jnp.asarray(batch.times), jnp.asarray(batch.values), own)
@@ -307,8 +307,11 @@ def test_it_tells_apart_classes_that_differ_only_in_how_they_move():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"task": "forecast"}, ValueError, r"task='forecast' is not part of this version.*\"classify\""),
-        ({"task": "impute"}, ValueError, r"task='impute' is not part of this version"),
+        ({"task": "regress"}, ValueError, r'task must be "classify", "forecast" or "impute", got \'regress\''),
+        ({"task": "impute", "num_outputs": 4}, ValueError, r"num_outputs=4 channels cannot be predicted"),
+        ({"control": "cubic"}, ValueError, r"control must be one of 'linear'.*got 'cubic'"),
+        ({"hide": 0.0}, ValueError, r"hide must be in \(0, 1\], got 0.0"),
+        ({"noise": -1.0}, ValueError, r"noise must be positive and finite, got -1.0"),
         ({"num_outputs": None}, ValueError, r"num_outputs=, the number of classes"),
         ({"num_outputs": 0}, ValueError, r"num_outputs must be an integer of at least 1, got 0"),
         ({"channels": 2}, ValueError, r"control_size=3 but the series have channels=2"),

@@ -90,7 +90,11 @@ class ControlledDrift(eqx.Module):
 
     def __call__(self, z: Float[Array, " H"], x: Float[Array, " C"] | None = None, t: Any = None) -> Float[Array, " H"]:
         """The drift at state ``z`` under the control's value ``x``; ``t`` is read only if the drift sees the time."""
+        return self.rate * jnp.tanh(self.unbounded(z, x, t))
+
+    def unbounded(self, z: Float[Array, " H"], x: Float[Array, " C"] | None = None, t: Any = None) -> Any:
+        """What goes into the last tanh."""
         a = z if self.time is None else jnp.concatenate([self.time(t), z])
         a = a if self.lift is None else self.lift(a)
         mixed = a if self.embed is None else jnp.concatenate([a, self.embed(x)])  # pyright: ignore[reportArgumentType]
-        return self.rate * jnp.tanh(self.gamma(self.first(self.zeta(mixed))))
+        return self.gamma(self.first(self.zeta(mixed)))

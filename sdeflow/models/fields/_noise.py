@@ -1,4 +1,4 @@
-"""The strength of the noise as a function of time alone."""
+"""The strength of the noise, as a function of time alone or of time and state."""
 
 import math
 from typing import Any, Literal
@@ -13,7 +13,46 @@ from ._mlp import MLP
 from ._time import bounded_time, circular_time
 
 
-class NoiseScale(eqx.Module):
+class _AbstractNoise(eqx.Module):
+    net: MLP
+    theta: Array | None
+    sigma_min: float = eqx.field(static=True)
+    sigma_max: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        size: int,
+        seen: int,
+        width: int,
+        mode: Literal["pure", "benchmark"],
+        sigma_min: float,
+        sigma_max: float,
+        key: PRNGKeyArray,
+    ):
+        check_size("size", size)
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(f"The bounds of sigma must be 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}.")
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        if check_mode(mode) == "benchmark":
+            self.net = MLP(2 + seen, size, width=width, depth=1, activation=jax.nn.relu, key=key)
+            self.theta = jnp.ones(())
+            return
+        net = MLP(1 + seen, size, width=width, depth=1, key=key)
+        # Half-way between the bounds on a logarithmic scale: on a linear one the noise would drown a drift that has
+        # yet to learn.
+        start = jnp.full(size, -math.log(sigma_max / sigma_min) / 2)
+        self.net = eqx.tree_at(lambda n: n.layers[-1].bias, net, start)
+        self.theta = None
+
+    def _unbounded(self, t: Any, *seen: Array) -> Array:
+        """What goes into the last tanh of the benchmark mode; in the pure mode the strength itself."""
+        if self.theta is None:
+            share = jax.nn.sigmoid(self.net(jnp.concatenate([bounded_time(t), *seen])))
+            return self.sigma_min + (self.sigma_max - self.sigma_min) * share
+        return jax.nn.sigmoid(self.theta) * jax.nn.relu(self.net(jnp.concatenate([circular_time(t), *seen])))
+
+
+class NoiseScale(_AbstractNoise):
     r"""sigma(t), one number for each entry of the state; it is given no state to depend on.
 
         "pure":      sigma(t) = sigma_min + (sigma_max - sigma_min) sigmoid(MLP(t / (1 + |t|)))
@@ -40,11 +79,6 @@ class NoiseScale(eqx.Module):
         True
     """
 
-    net: MLP
-    theta: Array | None
-    sigma_min: float = eqx.field(static=True)
-    sigma_max: float = eqx.field(static=True)
-
     def __init__(
         self,
         size: int,
@@ -55,24 +89,43 @@ class NoiseScale(eqx.Module):
         sigma_max: float = 10.0,
         key: PRNGKeyArray,
     ):
-        check_size("size", size)
-        if not 0 < sigma_min < sigma_max < math.inf:
-            raise ValueError(f"The bounds of sigma must be 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}.")
-        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
-        if check_mode(mode) == "benchmark":
-            self.net = MLP(2, size, width=width, depth=1, activation=jax.nn.relu, key=key)
-            self.theta = jnp.ones(())
-            return
-        net = MLP(1, size, width=width, depth=1, key=key)
-        # Half-way between the bounds on a logarithmic scale: on a linear one the noise would drown a drift that has
-        # yet to learn.
-        start = jnp.full(size, -math.log(sigma_max / sigma_min) / 2)
-        self.net = eqx.tree_at(lambda n: n.layers[-1].bias, net, start)
-        self.theta = None
+        super().__init__(size, 0, width, mode, sigma_min, sigma_max, key)
 
     def __call__(self, t: Any) -> Float[Array, " size"]:
         """The strength of the noise at time ``t``."""
-        if self.theta is None:
-            share = jax.nn.sigmoid(self.net(bounded_time(t)))
-            return self.sigma_min + (self.sigma_max - self.sigma_min) * share
-        return jnp.tanh(jax.nn.sigmoid(self.theta) * jax.nn.relu(self.net(circular_time(t))))
+        strength = self._unbounded(t)
+        return strength if self.theta is None else jnp.tanh(strength)
+
+    def unbounded(self, t: Any) -> Float[Array, " size"]:
+        """What goes into the last tanh of the benchmark mode; in the pure mode the strength itself."""
+        return self._unbounded(t)
+
+
+class NoiseField(_AbstractNoise):
+    r"""g(t, z): as `NoiseScale`, with the state beside the time.
+
+    Arguments: those of `NoiseScale`, and it raises what that raises.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from sdeflow.models.fields import NoiseField
+        >>> NoiseField(4, key=jax.random.key(0))(0.5, jnp.ones(4)).shape
+        (4,)
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        width: int = 64,
+        mode: Literal["pure", "benchmark"] = "pure",
+        sigma_min: float = 0.1,
+        sigma_max: float = 1.0,
+        key: PRNGKeyArray,
+    ):
+        super().__init__(size, size, width, mode, sigma_min, sigma_max, key)
+
+    def __call__(self, t: Any, z: Float[Array, " size"]) -> Float[Array, " size"]:
+        """The strength of the noise at time ``t`` and state ``z``."""
+        strength = self._unbounded(t, z)
+        return strength if self.theta is None else jnp.tanh(strength)

@@ -1,12 +1,16 @@
 """``SeriesModel``: what an equation driven by a time series says about the series.
 
-    z(t_1) = Linear(X(t_1)),    dz = f(z, X(t)) dt + g(t) dW,    outputs = MLP(z(t_n))
+    z(t_1) = Linear(X(t_1), static),    dz = f(z, X(t)) dt + g(t) dW
 
-X is the straight-line path through the observations, gaps filled. Every series is walked on its own times.
+    classify        logits = MLP(z(t_n))
+    forecast        x(t) = X(t) + MLP(z(t)) beyond the last observation, where X holds its last value
+    impute          x(t) = X(t) + MLP(z(t)) at any time
+
+X is a path through the observations, gaps filled. Every series is walked on its own times.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
@@ -16,7 +20,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..._results import SolveError, is_okay, message_of
+from ..._results import is_okay
 from ...data import SeriesBatch, TimeSeries
 from ...equations import AbstractEquation
 from ...paths import linear_control
@@ -24,25 +28,39 @@ from ...solving import Solution, solve
 from ...training import Prediction
 from .._checks import check_size
 from ..fields import MLP
-from ._keys import series_numbers
+from ._drive import check_series, over_series
+from ._hide import hidden
+from ._ode_rnn import ODERNN
+
+_TASKS = ("classify", "forecast", "impute")
+_CONTROLS = {"linear": linear_control}
 
 
 class SeriesModel(eqx.Module):
     r"""A model of irregular time series: encoder, equation, readout.
 
     The first values of the (filled) series make the start of the state, the equation carries it along the series
-    under the control of the observations, and the readout turns the last state into logits. The noise of a series
-    depends on the key and the id of the series, not on the batch it is in.
+    under the control of the observations, and the readout turns the last state into logits, or every state into what is
+    to be added to the control. The noise of a series depends on the key and the id of the series, not on the batch it is
+    in.
 
     Arguments:
-        dynamics: an equation with ``state_size`` and ``control_size == channels``, such as
-            `sdeflow.models.NeuralLangevinSDE`.
+        dynamics: an equation with ``state_size`` and ``control_size`` (the channels, or 0), such as
+            `sdeflow.models.NeuralLangevinSDE`, or an `ODERNN`.
         channels: C, the channels of the series.
-        task: "classify"; other tasks are not part of this version.
-        num_outputs: K, the number of classes.
-        solver: a diffrax solver; Euler by default, which has strong order 1 for additive noise and reads the control
-            at the observations alone.
+        task: "classify"; "forecast" to say what comes after the last observation, learned by hiding the end of every
+            series; "impute" to say what was not observed, learned by hiding some of what was.
+        num_outputs: K, the number of classes; for the other tasks how many of the channels are predicted, the first
+            ones, all by default.
+        num_static: s, static covariates that the start is made of, too.
+        control: how the observations are joined, "linear" (straight lines).
+        solver: a diffrax solver. By default Euler, which has strong order 1 for additive noise and reads the control at
+            the observations alone, and ``diffrax.Midpoint`` for a `NeuralCDE`.
         steps_per_interval: steps between two observations.
+        num_samples: S, paths of the noise for each series in training.
+        noise: a standard deviation of the observations to start from, learned for each channel; for
+            `sdeflow.losses.NegativeLogLikelihood`. With it, samples have it, too.
+        hide: the largest share of a series that training hides, in (0, 1].
         key: a JAX random key for the initial weights.
 
     Raises:
@@ -61,61 +79,96 @@ class SeriesModel(eqx.Module):
     dynamics: Any
     encoder: eqx.nn.Linear
     readout: MLP
+    log_noise: Float[Array, " K"] | None
     solver: diffrax.AbstractSolver
     channels: int = eqx.field(static=True)
     task: str = eqx.field(static=True)
     num_outputs: int = eqx.field(static=True)
+    num_static: int = eqx.field(static=True)
+    joined: str = eqx.field(static=True)
     steps_per_interval: int = eqx.field(static=True)
+    num_samples: int = eqx.field(static=True)
+    hide: float = eqx.field(static=True)
 
     def __init__(
         self,
-        dynamics: AbstractEquation,
+        dynamics: AbstractEquation | ODERNN,
         *,
         channels: int,
-        task: str = "classify",
+        task: Literal["classify", "forecast", "impute"] = "classify",
         num_outputs: int | None = None,
+        num_static: int = 0,
+        control: Literal["linear", "hermite", "rectilinear"] = "linear",
         solver: diffrax.AbstractSolver | None = None,
         steps_per_interval: int = 1,
+        num_samples: int = 1,
+        noise: float | None = None,
+        hide: float = 0.5,
         key: PRNGKeyArray,
     ):
-        if task != "classify":
-            raise ValueError(f'task={task!r} is not part of this version of sdeflow; it has "classify".')
+        if task not in _TASKS:
+            raise ValueError(f'task must be "classify", "forecast" or "impute", got {task!r}.')
+        if control not in _CONTROLS:
+            raise ValueError(f"control must be one of {', '.join(map(repr, _CONTROLS))}, got {control!r}.")
         sizes: list[Any] = [getattr(dynamics, name, None) for name in ("state_size", "control_size")]
-        if not isinstance(dynamics, AbstractEquation) or None in sizes:
+        if not isinstance(dynamics, AbstractEquation | ODERNN) or None in sizes:
             raise TypeError(
                 f"dynamics must be an equation with state_size and control_size, got {type(dynamics).__name__}; "
                 "use sf.models.NeuralLangevinSDE(state_size, control_size=channels, key=key)."
             )
-        if sizes[1] != check_size("channels", channels):
+        if sizes[1] not in (0, check_size("channels", channels)):
             raise ValueError(
                 f"dynamics has control_size={sizes[1]} but the series have channels={channels}; build it with "
-                f"control_size={channels}."
+                f"control_size={channels}, or 0 for one that sees the start of a series alone."
             )
-        if num_outputs is None:
+        if num_outputs is None and task == "classify":
             raise ValueError("Say num_outputs=, the number of classes, e.g. num_outputs=len(data.classes).")
         if solver is not None and not isinstance(solver, diffrax.AbstractSolver):
             raise TypeError(f"solver must be an instance of a diffrax solver, got {solver!r}.")
+        outputs = channels if num_outputs is None else check_size("num_outputs", num_outputs)
+        if task != "classify" and outputs > channels:
+            raise ValueError(f"num_outputs={outputs} channels cannot be predicted, as the series have {channels}.")
+        if not 0 < hide <= 1:
+            raise ValueError(f"hide must be in (0, 1], got {hide!r}.")
+        if noise is not None and not 0 < noise < float("inf"):
+            raise ValueError(f"noise must be positive and finite, got {noise!r}.")
         encoder, readout = jax.random.split(key)
         self.dynamics = dynamics
-        self.encoder = eqx.nn.Linear(channels, sizes[0], key=encoder)
-        self.readout = MLP(sizes[0], check_size("num_outputs", num_outputs), width=sizes[0], depth=1, key=readout)
-        self.solver = diffrax.Euler() if solver is None else solver
-        self.channels, self.task, self.num_outputs = channels, task, num_outputs
+        self.num_static = check_size("num_static", num_static, least=0)
+        self.encoder = eqx.nn.Linear(channels + num_static, sizes[0], key=encoder)
+        self.readout = MLP(sizes[0], outputs, width=sizes[0], depth=1, key=readout)
+        self.log_noise = None if noise is None else jnp.full(outputs, np.log(noise), jnp.result_type(float))
+        slopes = getattr(dynamics, "reads_slope", False)
+        self.solver = (diffrax.Midpoint() if slopes else diffrax.Euler()) if solver is None else solver
+        self.channels, self.task, self.num_outputs, self.joined = channels, task, outputs, control
         self.steps_per_interval = check_size("steps_per_interval", steps_per_interval)
+        self.num_samples = check_size("num_samples", num_samples)
+        self.hide = float(hide)
 
     def __call__(self, batch: SeriesBatch, *, key: PRNGKeyArray, regularisers: Sequence[Any] = ()) -> Prediction:
         """Predict a batch, as `sdeflow.training` asks for it.
 
         Returns:
-            A `Prediction`: ``outputs`` are logits (B, K), ``states`` the hidden paths (B, L, H) at ``batch.times``,
-            ``penalties`` what each regulariser charged each series, ``result`` the first failure of the batch (or
-            success). A series that fails leaves the rows of the others as they are.
+            A `Prediction`: ``outputs`` are logits (B, K), or values (B, L, C) at ``batch.times`` of which those that
+            were hidden are to be scored (``scored``); with several samples, (B, S, ...). ``states`` are the hidden
+            paths (B, L, H), ``scale`` the standard deviations of the observations, ``penalties`` what each regulariser
+            charged each series, ``result`` the first failure of the batch (or success). A series that fails leaves the
+            rows of the others as they are.
 
         Raises:
             ValueError: if the batch has another number of channels than the model.
         """
-        sol = self._solve(batch, key, tuple(regularisers))
-        return Prediction(jax.vmap(self.readout)(sol.final), sol.ys, None, sol.penalties, _first_failure(sol.result))
+        self._check_channels(batch)
+        one = lambda *x: self._one(*x, key, tuple(regularisers))
+        outputs, sol, scored = jax.vmap(one)(*_fields(batch))
+        if self.task != "classify":
+            # A series of one row was walked as if it had two.
+            outputs = outputs[..., : batch.times.shape[1], :]
+        scale = None if self.log_noise is None else self._padded(jnp.exp(self.log_noise), 1)
+        penalties = sol.penalties
+        if self.num_samples > 1:
+            penalties = jtu.tree_map(lambda x: x.mean(axis=1), penalties)
+        return Prediction(outputs, sol.ys, None, penalties, first_failure(sol.result), scored, scale)
 
     def predict(
         self,
@@ -141,48 +194,115 @@ class SeriesModel(eqx.Module):
 
         Raises:
             TypeError: if ``series`` is no TimeSeries.
-            ValueError: for another number of channels, or a number out of range.
+            ValueError: for another number of channels, a number out of range, or a model for another task.
             SolveError: if the solve of a series fails, naming its id.
         """
-        if not isinstance(series, TimeSeries):
-            raise TypeError(
-                f"series must be a TimeSeries, got {type(series).__name__}; build one with TimeSeries.from_arrays, or "
-                "call the model itself on a batch."
-            )
+        self._check_task("predict", "classify")
         num_samples = check_size("num_samples", num_samples)
-        size = min(check_size("batch_size", batch_size), len(series))
-        numbers = series_numbers(series.ids)
-        logits = None
-        for batch in series.batches(size, None):
-            rows, real = batch.ids, batch.weight > 0
-            batch = eqx.tree_at(lambda b: b.ids, batch, numbers[rows])
-            outputs, result = _logits(self, batch, key, num_samples)
-            okay = np.asarray(is_okay(result))
-            if throw and not okay[real].all():
-                bad = int(np.argmax(~okay & real))
-                first = jtu.tree_map(lambda x, bad=bad: x[bad], result)
-                raise SolveError(first, f"Series {series.ids[rows[bad]]!r}: {message_of(first)}")
-            outputs = np.asarray(outputs)
-            logits = np.empty((len(series), self.num_outputs), outputs.dtype) if logits is None else logits
-            logits[rows[real]] = outputs[real]
-        assert logits is not None
-        return logits
+        call = lambda batch, rows: _logits(self, batch, key, num_samples)
+        return over_series(call, check_series(series), batch_size, throw)
 
-    def _solve(self, batch: SeriesBatch, key: PRNGKeyArray, regularisers: tuple[Any, ...]) -> Solution:
-        """Walk every series of a batch; every array of the solution leads with B."""
-        self._check_channels(batch)
-        walk = lambda times, values, number: self._walk(times, values, _key_of(key, number), regularisers)
-        return jax.vmap(walk)(jnp.asarray(batch.times), jnp.asarray(batch.values), jnp.asarray(batch.ids))
+    def forecast(
+        self,
+        series: TimeSeries,
+        ts: Any,
+        num_samples: int = 100,
+        *,
+        key: PRNGKeyArray,
+        batch_size: int = 64,
+        throw: bool = True,
+    ) -> Float[np.ndarray, "N S T K"]:
+        """Samples of every series at later times, shape (N, num_samples, T, K), in the units of ``series.values``.
 
-    def _walk(self, times: Array, values: Array, key: PRNGKeyArray, regularisers: tuple[Any, ...]) -> Solution:
-        """Walk one series, ``times`` (L,) and ``values`` (L, C), padded or not."""
+        ``series.to_user_values`` brings them to those of the user, where all channels are predicted.
+
+        Arguments:
+            series: N series, standardised like the training data: what is known.
+            ts: shape (T,) or (N, T), increasing user times after the last observation of each series.
+            num_samples: paths of the noise for each series.
+            key: a JAX random key; the noise of a series depends on it and on the id of the series.
+            batch_size: series in one batch.
+            throw: raise if the solve of a series fails.
+
+        Raises:
+            TypeError: if ``series`` is no TimeSeries.
+            ValueError: for a model for another task, or a time that is not after the last observation, naming the
+                series.
+            SolveError: if the solve of a series fails, naming its id.
+        """
+        self._check_task("forecast", "forecast")
+        return self._at(series, ts, num_samples, key, batch_size, throw, beyond=True)
+
+    def impute(
+        self,
+        series: TimeSeries,
+        ts: Any,
+        num_samples: int = 100,
+        *,
+        key: PRNGKeyArray,
+        batch_size: int = 64,
+        throw: bool = True,
+    ) -> Float[np.ndarray, "N S T K"]:
+        """Samples of every series at any times, shape (N, num_samples, T, K), in the units of ``series.values``.
+
+        Arguments:
+            series: N series, standardised like the training data: what is known.
+            ts: shape (T,) or (N, T), increasing user times, not before the first observation of each series.
+            num_samples: paths of the noise for each series.
+            key: a JAX random key; the noise of a series depends on it and on the id of the series.
+            batch_size: series in one batch.
+            throw: raise if the solve of a series fails.
+
+        Raises:
+            TypeError: if ``series`` is no TimeSeries.
+            ValueError: for a model for another task, or a time before the first observation, naming the series.
+            SolveError: if the solve of a series fails, naming its id.
+        """
+        self._check_task("impute", "impute")
+        return self._at(series, ts, num_samples, key, batch_size, throw, beyond=False)
+
+    def _at(self, series: Any, ts: Any, num_samples: int, key: Any, batch_size: int, throw: bool, beyond: bool) -> Any:
+        num_samples = check_size("num_samples", num_samples)
+        series, places = check_series(series).with_times(ts, beyond=beyond)
+        call = lambda batch, rows: _samples(self, batch, places[rows], key, num_samples)
+        return over_series(call, series, batch_size, throw)
+
+    def _one(
+        self, times: Array, values: Array, mask: Array, length: Array, static: Any, number: Array, key: Any, charged: Any
+    ) -> tuple[Array, Solution, Any]:
+        """Outputs, solution and what is to be scored of one series."""
+        own, scored = key_of(key, number), None
+        if self.task != "classify":
+            own, for_hiding = jax.random.split(own)
+            predicted = jnp.arange(self.channels) < self.num_outputs
+            scored = hidden(self.task, mask, length, self.hide, for_hiding)
+            values, scored = jnp.where(scored, jnp.nan, values), scored & predicted
+
+        def sample(key: PRNGKeyArray) -> tuple[Array, Solution]:
+            sol, control = self._walk(times, values, static, key, charged)
+            return self._read(sol, control), sol
+
+        if self.num_samples == 1:
+            return *sample(own), scored
+        return *jax.vmap(sample)(jax.random.split(own, self.num_samples)), scored
+
+    def _walk(
+        self, times: Array, values: Array, static: Any, key: PRNGKeyArray, regularisers: tuple[Any, ...] = ()
+    ) -> tuple[Solution, Any]:
+        """Walk one series, ``times`` (L,) and ``values`` (L, C), padded or not; and its control."""
         if times.shape[0] == 1:
             # One observation is a series that ends where it starts: a walk of no live step.
             times, values = jnp.repeat(times, 2), jnp.repeat(values, 2, axis=0)
-        control = linear_control(times, values)
-        return solve(
+        control = _CONTROLS[self.joined](times, values)
+        first = control.knots[0] if self.num_static == 0 else jnp.concatenate([control.knots[0], static])
+        start = self.encoder(first)
+        if isinstance(self.dynamics, ODERNN):
+            if regularisers:
+                raise ValueError("An ODERNN takes no regularisers, as it is solved anew between any two observations.")
+            return self.dynamics.solution(start, times, values, self.solver, self.steps_per_interval), control
+        sol = solve(
             self.dynamics,
-            self.encoder(control.knots[0]),
+            self.dynamics.start_from(start) if hasattr(self.dynamics, "start_from") else start,
             times,
             args=control,
             key=key if self.dynamics.is_stochastic or any(r.draws for r in regularisers) else None,
@@ -191,6 +311,18 @@ class SeriesModel(eqx.Module):
             regularisers=regularisers,
             throw=False,
         )
+        return sol, control
+
+    def _read(self, sol: Solution, control: Any) -> Array:
+        """Logits, or the values of all channels at all times; those that are not predicted are the control's."""
+        if self.task == "classify":
+            return self.readout(sol.final)
+        return control.knots + self._padded(jax.vmap(self.readout)(sol.ys), 0)
+
+    def _padded(self, x: Array, value: float) -> Array:
+        """One entry for every channel, from one for each that is predicted."""
+        fill = [(0, 0)] * (x.ndim - 1) + [(0, self.channels - self.num_outputs)]
+        return x if self.task == "classify" else jnp.pad(x, fill, constant_values=value)
 
     def _check_channels(self, batch: Any) -> None:
         shape = jnp.shape(batch.values)
@@ -199,6 +331,22 @@ class SeriesModel(eqx.Module):
                 f"The model was built with channels={self.channels}, but the batch has values of shape {shape}; "
                 "it needs (B, L, C) with C the channels of the model."
             )
+        static = None if batch.static is None else jnp.shape(batch.static)[1]
+        if self.num_static and static != self.num_static:
+            raise ValueError(
+                f"The model was built with num_static={self.num_static}, but the series have {static or 'no'} static "
+                "covariates."
+            )
+
+    def _check_task(self, verb: str, task: str) -> None:
+        if self.task != task:
+            raise ValueError(f'{verb} needs a model that was built with task="{task}", not "{self.task}".')
+
+
+def _fields(batch: SeriesBatch) -> tuple[Any, ...]:
+    """What `SeriesModel._one` reads of a batch."""
+    fields = (batch.times, batch.values, batch.mask, batch.lengths, batch.static, batch.ids)
+    return tuple(None if x is None else jnp.asarray(x) for x in fields)
 
 
 @eqx.filter_jit
@@ -206,27 +354,49 @@ def _logits(model: SeriesModel, batch: SeriesBatch, key: PRNGKeyArray, num_sampl
     """Logits (B, K) and a result for each series."""
     model._check_channels(batch)
 
-    def one(times: Array, values: Array, number: Array) -> tuple[Array, Any]:
+    def one(times: Array, values: Array, mask: Any, length: Any, static: Any, number: Array) -> tuple[Array, Any]:
         def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
-            sol = model._walk(times, values, key, ())
+            sol, _ = model._walk(times, values, static, key)
             return model.readout(sol.final), sol.result
 
-        own = _key_of(key, number)
+        own = key_of(key, number)
         if num_samples == 1:
             return sample(own)
         logits, result = jax.vmap(sample)(jax.random.split(own, num_samples))
         mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - np.log(num_samples)
-        return mean, _first_failure(result)
+        return mean, first_failure(result)
 
-    return jax.vmap(one)(jnp.asarray(batch.times), jnp.asarray(batch.values), jnp.asarray(batch.ids))
+    return jax.vmap(one)(*_fields(batch))
 
 
-def _key_of(key: PRNGKeyArray, number: Any) -> PRNGKeyArray:
+@eqx.filter_jit
+def _samples(
+    model: SeriesModel, batch: SeriesBatch, places: Any, key: PRNGKeyArray, num_samples: int
+) -> tuple[Array, Any]:
+    """Samples (B, S, T, K) at the rows ``places`` (B, T), and a result for each series."""
+    model._check_channels(batch)
+
+    def one(places: Array, times: Array, values: Array, mask: Any, length: Any, static: Any, number: Array) -> Any:
+        def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
+            for_path, for_noise = jax.random.split(key)
+            sol, control = model._walk(times, values, static, for_path)
+            found = model._read(sol, control)[places, : model.num_outputs]
+            if model.log_noise is not None:
+                found += jnp.exp(model.log_noise) * jax.random.normal(for_noise, found.shape, found.dtype)
+            return found, sol.result
+
+        found, result = jax.vmap(sample)(jax.random.split(key_of(key, number), num_samples))
+        return found, first_failure(result)
+
+    return jax.vmap(one)(jnp.asarray(places), *_fields(batch))
+
+
+def key_of(key: PRNGKeyArray, number: Any) -> PRNGKeyArray:
     """The key of one series: a function of the key and of the series' own number."""
     return jax.random.fold_in(key, number)
 
 
-def _first_failure(result: Any) -> Any:
+def first_failure(result: Any) -> Any:
     """The first member that is a failure, or a success if there is none."""
     first = jnp.argmax(~is_okay(result))
-    return jtu.tree_map(lambda x: x[first], result)
+    return jtu.tree_map(lambda x: x.ravel()[first], result)

@@ -1,0 +1,529 @@
+"""Latent models of series: a hidden path with a prior, and what the observations say of it.
+
+    LatentSDE    z(t_1) ~ N(m, s),   dz = h(t, z) dt + g(z) dW,   x_i ~ N(decoder(z(t_i)), sigma)
+    LatentODE    z(t_1) ~ N(0, 1),   dz = f(t, z) dt,             x_i ~ N(decoder(z(t_i)), sigma)
+
+Given a series, a network reads it backwards in time, says where z starts, and (for the first) bends its drift towards
+what is to come: the posterior has drift h + g u. Then
+
+    log p(x) >= E[ sum_i log p(x_i | z(t_i)) ] - KL(q(z(t_1)) || p(z(t_1))) - E int |u|^2 / 2 dt,
+
+and the last term is an integral beside the state, like every other charge for a walk. After the last observation u is 0.
+
+Sources: Li, Wong, Chen and Duvenaud, "Scalable gradients for stochastic differential equations", 2020, arXiv
+2001.01328; Rubanova, Chen and Duvenaud, "Latent ODEs for irregularly-sampled time series", 2019, arXiv 1907.03907.
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..._results import is_okay
+from ...data import SeriesBatch, TimeSeries
+from ...equations import AbstractEquation
+from ...regularisers import PathKL
+from ...solving import Solution, solve
+from ...training import Prediction
+from .._checks import check_size
+from .._plain import NeuralODE
+from ..fields import MLP, bounded_time
+from ._drive import check_series, over_series
+from ._model import first_failure, key_of
+from ._ode_rnn import ODERNN
+
+
+class AbstractLatentModel(eqx.Module):
+    """What latent models share: a decoder, noise of the observations, and all that is made of encoder and paths."""
+
+    decoder: Any
+    log_noise: Float[Array, " C"]
+    solver: diffrax.AbstractSolver
+    channels: int = eqx.field(static=True)
+    latent_size: int = eqx.field(static=True)
+    steps_per_interval: int = eqx.field(static=True)
+
+    def _set_up(
+        self, channels: Any, latent_size: Any, width: int, decoder: Any, noise: Any, solver: Any, steps: Any, key: Any
+    ) -> None:
+        self.channels, self.latent_size = check_size("channels", channels), check_size("latent_size", latent_size)
+        if decoder not in ("network", "identity"):
+            raise ValueError(f'decoder must be "network" or "identity", got {decoder!r}.')
+        if decoder == "identity" and channels != latent_size:
+            raise ValueError(f"The identity decodes channels={channels} only from as many latent numbers, not {latent_size}.")
+        if not 0 < noise < float("inf"):
+            raise ValueError(f"noise must be positive and finite, got {noise!r}.")
+        if not isinstance(solver, diffrax.AbstractSolver):
+            raise TypeError(f"solver must be an instance of a diffrax solver, got {solver!r}.")
+        self.decoder = None if decoder == "identity" else MLP(latent_size, channels, width=width, depth=1, key=key)
+        self.log_noise = jnp.full(channels, np.log(noise), jnp.result_type(float))
+        self.solver, self.steps_per_interval = solver, check_size("steps_per_interval", steps)
+
+    @abc.abstractmethod
+    def encode(self, times: Array, values: Array) -> tuple[Array, Array, Any]:
+        """Mean and standard deviation of the first state, and what the posterior path is to know."""
+
+    @abc.abstractmethod
+    def first_state(self) -> tuple[Array, Array]:
+        """Mean and standard deviation of the first state in the prior."""
+
+    @abc.abstractmethod
+    def path(self, z: Array, times: Array, context: Any, *, key: Any, regularisers: Any) -> tuple[Solution, Array]:
+        """A path from ``z``, and its divergence from the prior in nats; the prior's where ``context`` is None."""
+
+    def __call__(self, batch: SeriesBatch, *, key: PRNGKeyArray, regularisers: Sequence[Any] = ()) -> Prediction:
+        """One path of each series of a batch, as `sdeflow.losses.ELBO` reads it.
+
+        Returns:
+            A `Prediction`: ``outputs`` (B, L, C) decoded at ``batch.times``, ``states`` (B, L, H), ``kl`` (B,) in nats
+            (of the start and of the path), ``scale`` (C,), penalties, and the first failure of the batch.
+
+        Raises:
+            ValueError: if the batch has another number of channels than the model.
+        """
+        self._check_channels(batch)
+
+        def one(times: Array, values: Array, number: Array) -> Any:
+            return self._posterior(times, values, key_of(key, number), tuple(regularisers))
+
+        sol, kl = jax.vmap(one)(*_fields(batch))
+        # A series of one row was walked as if it had two.
+        states = sol.ys[:, : batch.times.shape[1]]
+        outputs = jax.vmap(jax.vmap(self.decode))(states)
+        penalties = {name: x for name, x in sol.penalties.items() if name != _Charge.__name__}
+        return Prediction(outputs, states, kl, penalties, first_failure(sol.result), scale=jnp.exp(self.log_noise))
+
+    def decode(self, z: Float[Array, " H"]) -> Float[Array, " C"]:
+        """The mean of an observation, given the state."""
+        return z if self.decoder is None else self.decoder(z)
+
+    def elbo(
+        self,
+        series: TimeSeries,
+        *,
+        key: PRNGKeyArray,
+        num_samples: int = 16,
+        batch_size: int = 64,
+        throw: bool = True,
+    ) -> Float[np.ndarray, " N"]:
+        """The evidence lower bound of every series, in nats, averaged over paths.
+
+        Raises:
+            TypeError: if ``series`` is no TimeSeries.
+            ValueError: for another number of channels, or a number out of range.
+            SolveError: if the solve of a series fails, naming its id.
+        """
+        num_samples = check_size("num_samples", num_samples)
+        call = lambda batch, rows: _bounds(self, batch, key, num_samples)
+        return over_series(call, check_series(series), batch_size, throw)
+
+    def sample(
+        self, ts: Any, num_samples: int, *, key: PRNGKeyArray, noise: bool = False
+    ) -> Float[Array, "S T C"]:
+        """Decoded paths of the prior, shape (num_samples, T, C).
+
+        Arguments:
+            ts: shape (T,), increasing internal times (see `sdeflow.data.TimeSeries.to_internal_time`).
+            num_samples: S.
+            key: a JAX random key.
+            noise: whether to add the noise of observations.
+        """
+        ts = jnp.asarray(np.asarray(ts, np.float64), self.log_noise.dtype)
+        return _prior(self, ts, check_size("num_samples", num_samples), key, noise)
+
+    def forecast(
+        self,
+        series: TimeSeries,
+        ts: Any,
+        num_samples: int = 100,
+        *,
+        key: PRNGKeyArray,
+        noise: bool = True,
+        batch_size: int = 64,
+        throw: bool = True,
+    ) -> Float[np.ndarray, "N S T C"]:
+        """Samples of every series at later times, shape (N, num_samples, T, C), in the units of ``series.values``.
+
+        Arguments:
+            series: N series: what is known.
+            ts: shape (T,) or (N, T), increasing user times after the last observation of each series.
+            num_samples: paths for each series.
+            key: a JAX random key; what is drawn for a series depends on it and on the id of the series.
+            noise: whether to add the noise of observations.
+            batch_size: series in one batch.
+            throw: raise if the solve of a series fails.
+
+        Raises:
+            TypeError: if ``series`` is no TimeSeries.
+            ValueError: for a time that is not after the last observation, naming the series.
+            SolveError: if the solve of a series fails, naming its id.
+        """
+        return self._at(series, ts, num_samples, key, noise, batch_size, throw, beyond=True)
+
+    def impute(
+        self,
+        series: TimeSeries,
+        ts: Any,
+        num_samples: int = 100,
+        *,
+        key: PRNGKeyArray,
+        noise: bool = True,
+        batch_size: int = 64,
+        throw: bool = True,
+    ) -> Float[np.ndarray, "N S T C"]:
+        """Samples of every series at any times from its first on; arguments, shapes and errors as in `forecast`."""
+        return self._at(series, ts, num_samples, key, noise, batch_size, throw, beyond=False)
+
+    def _at(self, series: Any, ts: Any, num_samples: int, key: Any, noise: bool, size: int, throw: bool, beyond: bool):
+        num_samples = check_size("num_samples", num_samples)
+        series, places = check_series(series).with_times(ts, beyond=beyond)
+        call = lambda batch, rows: _samples(self, batch, places[rows], key, num_samples, noise)
+        return over_series(call, series, size, throw)
+
+    def _posterior(self, times: Array, values: Array, key: PRNGKeyArray, charged: tuple[Any, ...] = ()) -> Any:
+        """A path given a series, and its divergence from the prior, start included."""
+        if times.shape[0] == 1:
+            times = jnp.repeat(times, 2)
+            values = jnp.concatenate([values, jnp.full_like(values, jnp.nan)])
+        for_start, for_path = jax.random.split(key)
+        mean, deviation, context = self.encode(times, values)
+        z = mean + deviation * jax.random.normal(for_start, mean.shape, mean.dtype)
+        sol, kl = self.path(z, times, context, key=for_path, regularisers=charged)
+        m, s = self.first_state()
+        start = jnp.log(s / deviation) + (deviation**2 + (mean - m) ** 2) / (2 * s**2) - 0.5
+        return sol, kl + start.sum()
+
+    def _check_channels(self, batch: Any) -> None:
+        shape = jnp.shape(batch.values)
+        if len(shape) != 3 or shape[2] != self.channels:
+            raise ValueError(
+                f"The model was built with channels={self.channels}, but the batch has values of shape {shape}; "
+                "it needs (B, L, C) with C the channels of the model."
+            )
+
+
+class _Context(eqx.Module):
+    """What the posterior knows at a time: a summary of all from the next observation on, and when that is."""
+
+    times: Array
+    summaries: Array
+    end: Array
+
+    def at(self, t: Any) -> tuple[Array, Array, Array]:
+        """Features, how long it is to the next observation, and whether there is one."""
+        t = jnp.asarray(t, self.times.dtype)
+        i = jnp.searchsorted(self.times, t, side="right", method="compare_all")
+        i = jnp.minimum(i, self.times.shape[0] - 1)
+        gap = jnp.maximum(self.times[i] - t, 0)
+        return jnp.concatenate([self.summaries[i], gap[None]]), gap, t < self.end
+
+
+class _Prior(AbstractEquation):
+    """dz = h(t, z) dt + g(z) dW."""
+
+    h: MLP
+    g: Any
+    interpretation: ClassVar[str] = "ito"  # pyright: ignore
+    additive: ClassVar[bool] = False  # pyright: ignore
+
+    def drift(self, t: Any, y: Array, args: Any) -> Array:
+        return self.h(jnp.concatenate([bounded_time(t), y]))
+
+    def diffusion(self, t: Any, y: Array, args: Any) -> Array:
+        return self.g(y)
+
+
+class _Posterior(AbstractEquation):
+    """dz = (h(t, z) + g(z) u(t, z, context)) dt + g(z) dW."""
+
+    prior: _Prior
+    slope: MLP
+    bend: MLP
+    interpretation: ClassVar[str] = "ito"  # pyright: ignore
+    additive: ClassVar[bool] = False  # pyright: ignore
+
+    def push(self, t: Any, y: Array, context: _Context) -> Array:
+        """U: linear in the state with coefficients that know the context, and a bounded rest."""
+        seen, _, more = context.at(t)
+        seen = jnp.concatenate([bounded_time(t), seen])
+        u = self.slope(seen) * y + self.bend(jnp.concatenate([seen, y]))
+        return jnp.where(more, u, 0)
+
+    def drift(self, t: Any, y: Array, args: Any) -> Array:
+        return self.prior.drift(t, y, None) + self.prior.g(y) * self.push(t, y, args)
+
+    def diffusion(self, t: Any, y: Array, args: Any) -> Array:
+        return self.prior.g(y)
+
+
+class _EachNoise(eqx.Module):
+    """g(z)_i = floor + softplus(MLP_i(z_i)): the noise of each number depends on it alone, and never vanishes."""
+
+    nets: MLP
+    floor: float = eqx.field(static=True)
+
+    def __call__(self, z: Array) -> Array:
+        each = eqx.filter_vmap(lambda net, x: net(x[None])[0])(self.nets, z)
+        return self.floor + jax.nn.softplus(each)
+
+
+class _Charge(PathKL):
+    """int |u|^2 / 2 dt, with u at hand and no division."""
+
+    push: Any = None
+
+    def rate(self, drift: Any, t: Any, y: Any, drawn: Any) -> Array:
+        return jnp.sum(self.push(t, y, self.args) ** 2) / 2
+
+
+class LatentSDE(AbstractLatentModel):
+    r"""A latent stochastic equation: a prior dz = h(t, z) dt + g(z) dW, and a posterior with drift h + g u.
+
+    The posterior's u sees a summary of the observations to come, made by a gated recurrent unit that reads them backwards
+    with their times, and how long it is to the next of them; it is linear in z with coefficients of these, plus a
+    network. The noise is diagonal, g_i a function of z_i that is at least 0.001. `fit` it with
+    ``sf.losses.ELBO(kl_warmup=...)``.
+
+    Arguments:
+        channels: C, the channels of the series.
+        latent_size: H, the length of z.
+        width: hidden layers of the networks.
+        context_size: length of the summary.
+        decoder: "network", or "identity" where H = C.
+        noise: the standard deviation of observations to start from; it is learned, for each channel.
+        solver: a diffrax solver for Ito equations, Euler by default.
+        steps_per_interval: steps between two observations.
+        key: a JAX random key for the initial weights.
+
+    Raises:
+        TypeError: if ``solver`` is no solver.
+        ValueError: for a size out of range, another decoder, or noise that is not positive.
+
+    Example:
+        >>> import jax, sdeflow as sf
+        >>> data, _ = sf.data.simulated_series(4, num_channels=2, key=jax.random.key(0))
+        >>> model = sf.models.LatentSDE(2, latent_size=3, key=jax.random.key(1))
+        >>> model.elbo(data, key=jax.random.key(2)).shape, model.sample([0.0, 0.5, 1.0], 5, key=jax.random.key(3)).shape
+        ((4,), (5, 3, 2))
+    """
+
+    posterior: _Posterior
+    cell: eqx.nn.GRUCell
+    begin: eqx.nn.Linear
+    start_mean: Array
+    start_log_scale: Array
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        latent_size: int,
+        width: int = 64,
+        context_size: int = 64,
+        decoder: Literal["network", "identity"] = "network",
+        noise: float = 0.1,
+        solver: diffrax.AbstractSolver | None = None,
+        steps_per_interval: int = 4,
+        key: PRNGKeyArray,
+    ):
+        keys = jax.random.split(key, 7)
+        solver = diffrax.Euler() if solver is None else solver
+        self._set_up(channels, latent_size, width, decoder, noise, solver, steps_per_interval, keys[0])
+        context = check_size("context_size", context_size)
+        h = MLP(1 + latent_size, latent_size, width=width, depth=2, activation=jax.nn.softplus, key=keys[1])
+        one = lambda key: MLP(1, 1, width=width, depth=1, activation=jax.nn.softplus, key=key)
+        g = _EachNoise(eqx.filter_vmap(one)(jax.random.split(keys[2], latent_size)), 1e-3)
+        slope = MLP(2 + context, latent_size, width=width, depth=1, key=keys[3])
+        bend = MLP(2 + context + latent_size, latent_size, width=width, depth=2, key=keys[4])
+        # The posterior starts from the prior.
+        still = lambda net: eqx.tree_at(lambda n: n.layers[-1].weight, net, 0.1 * net.layers[-1].weight)
+        self.posterior = _Posterior(_Prior(h, g), still(slope), still(bend))
+        self.cell = eqx.nn.GRUCell(2 * channels + 1, context, key=keys[5])
+        self.begin = eqx.nn.Linear(context, 2 * latent_size, key=keys[6])
+        self.start_mean, self.start_log_scale = jnp.zeros(latent_size), jnp.zeros(latent_size)
+
+    @property
+    def prior(self) -> AbstractEquation:
+        """The equation of the hidden path before anything is observed."""
+        return self.posterior.prior
+
+    def first_state(self) -> tuple[Array, Array]:
+        """Mean and standard deviation of the first state in the prior."""
+        return self.start_mean, jnp.exp(self.start_log_scale)
+
+    def encode(self, times: Array, values: Array) -> tuple[Array, Array, _Context]:
+        """Mean and standard deviation of the first state, and summaries of what is to come."""
+        seen = ~jnp.isnan(values)
+
+        def row(h: Array, row: Any) -> tuple[Array, Array]:
+            x, m, gap = row
+            new = self.cell(jnp.concatenate([jnp.where(m, x, 0), m.astype(h.dtype), gap[None]]), h)
+            h = jnp.where(m.any(), new, h)
+            return h, h
+
+        some = seen.any(axis=1)
+        following = _next_time(times, some)
+        gaps = jnp.where(some, following - times, 0).astype(values.dtype)
+        start = jnp.zeros(self.cell.hidden_size, values.dtype)
+        whole, summaries = jax.lax.scan(row, start, (values, seen, gaps), reverse=True)
+        mean, raw = jnp.split(self.begin(whole), 2)
+        # A row without observations has the summary of the next one that has any, and its time.
+        context = _Context(_shown(times, some), summaries, jnp.max(jnp.where(some, times, times[0])))
+        return mean, jax.nn.softplus(raw) + 1e-3, context
+
+    def path(self, z: Array, times: Array, context: Any, *, key: Any, regularisers: Any) -> tuple[Solution, Array]:
+        """A path from ``z``, and its divergence from the prior in nats; the prior's where ``context`` is None."""
+        how = {"steps_per_interval": self.steps_per_interval, "solver": self.solver, "key": key, "throw": False}
+        if context is None:
+            return solve(self.prior, z, times, regularisers=regularisers, **how), jnp.zeros(())
+        charge = _Charge(self.prior.drift, self.prior.diffusion, context, self.posterior.push)  # pyright: ignore
+        sol = solve(self.posterior, z, times, args=context, regularisers=(charge, *regularisers), **how)
+        return sol, sol.penalties[_Charge.__name__]
+
+
+class LatentODE(AbstractLatentModel):
+    r"""A latent ordinary equation: z(t_1) ~ N(0, 1), dz/dt = f(t, z), read off a series by an ODE-RNN run backwards.
+
+    Arguments:
+        channels: C, the channels of the series.
+        latent_size: H, the length of z.
+        width: hidden layers of the networks.
+        context_size: length of the state of the ODE-RNN.
+        decoder: "network", or "identity" where H = C.
+        noise: the standard deviation of observations to start from; it is learned, for each channel.
+        solver: a diffrax solver, ``diffrax.Heun`` by default.
+        steps_per_interval: steps between two observations.
+        key: a JAX random key for the initial weights.
+
+    Raises:
+        TypeError: if ``solver`` is no solver.
+        ValueError: for a size out of range, another decoder, or noise that is not positive.
+
+    Example:
+        >>> import jax, sdeflow as sf
+        >>> data, _ = sf.data.simulated_series(4, num_channels=2, key=jax.random.key(0))
+        >>> model = sf.models.LatentODE(2, latent_size=3, key=jax.random.key(1))
+        >>> model.elbo(data, key=jax.random.key(2)).shape
+        (4,)
+    """
+
+    dynamics: NeuralODE
+    reader: ODERNN
+    begin: eqx.nn.Linear
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        latent_size: int,
+        width: int = 64,
+        context_size: int = 64,
+        decoder: Literal["network", "identity"] = "network",
+        noise: float = 0.1,
+        solver: diffrax.AbstractSolver | None = None,
+        steps_per_interval: int = 1,
+        key: PRNGKeyArray,
+    ):
+        keys = jax.random.split(key, 4)
+        solver = diffrax.Heun() if solver is None else solver
+        self._set_up(channels, latent_size, width, decoder, noise, solver, steps_per_interval, keys[0])
+        self.dynamics = NeuralODE(latent_size, width=width, key=keys[1])
+        self.reader = ODERNN(check_size("context_size", context_size), control_size=channels, width=width, key=keys[2])
+        self.begin = eqx.nn.Linear(context_size, 2 * latent_size, key=keys[3])
+
+    def first_state(self) -> tuple[Array, Array]:
+        """Mean and standard deviation of the first state in the prior: 0 and 1."""
+        return jnp.zeros(self.latent_size), jnp.ones(self.latent_size)
+
+    def encode(self, times: Array, values: Array) -> tuple[Array, Array, Any]:
+        """Mean and standard deviation of the first state."""
+        start = jnp.zeros(self.reader.state_size, values.dtype)
+        mean, raw = jnp.split(self.begin(self.reader.states(start, times, values, reverse=True)[0]), 2)
+        return mean, jax.nn.softplus(raw) + 1e-3, None
+
+    def path(self, z: Array, times: Array, context: Any, *, key: Any, regularisers: Any) -> tuple[Solution, Array]:
+        """The path from ``z``; it follows from its start, so its divergence is 0."""
+        key = key if any(r.draws for r in regularisers) else None
+        sol = solve(
+            self.dynamics, z, times, steps_per_interval=self.steps_per_interval, solver=self.solver, key=key,
+            regularisers=regularisers, throw=False,
+        )  # fmt: skip
+        return sol, jnp.zeros((), z.dtype)
+
+
+def _next_time(times: Array, some: Array) -> Array:
+    """For every row the time of the next row after it that has an observation; its own where there is none."""
+    after = _shown(times, some)
+    return jnp.concatenate([after[1:], times[-1:]])
+
+
+def _shown(times: Array, some: Array) -> Array:
+    """For every row its own time if it has an observation, else that of the next row that has; the last time at the end."""
+    back = jax.lax.associative_scan(jnp.minimum, jnp.where(some, times, times[-1]), reverse=True)
+    return back
+
+
+def _fields(batch: SeriesBatch) -> tuple[Array, Array, Array]:
+    return jnp.asarray(batch.times), jnp.asarray(batch.values), jnp.asarray(batch.ids)
+
+
+@eqx.filter_jit
+def _bounds(model: AbstractLatentModel, batch: SeriesBatch, key: PRNGKeyArray, num_samples: int) -> tuple[Array, Any]:
+    model._check_channels(batch)
+    scale = jnp.exp(model.log_noise)
+
+    def one(times: Array, values: Array, number: Array) -> tuple[Array, Any]:
+        seen = ~jnp.isnan(values)
+
+        def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
+            sol, kl = model._posterior(times, values, key)
+            error = (jax.vmap(model.decode)(sol.ys)[: values.shape[0]] - jnp.where(seen, values, 0)) / scale
+            nats = -(error**2) / 2 - jnp.log(scale) - jnp.log(2 * jnp.pi) / 2
+            return jnp.where(seen, nats, 0).sum() - kl, sol.result
+
+        found, result = jax.vmap(sample)(jax.random.split(key_of(key, number), num_samples))
+        return found.mean(), first_failure(result)
+
+    return jax.vmap(one)(*_fields(batch))
+
+
+@eqx.filter_jit
+def _samples(
+    model: AbstractLatentModel, batch: SeriesBatch, places: Any, key: PRNGKeyArray, num_samples: int, noise: bool
+) -> tuple[Array, Any]:
+    model._check_channels(batch)
+
+    def one(places: Array, times: Array, values: Array, number: Array) -> tuple[Array, Any]:
+        def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
+            for_path, for_noise = jax.random.split(key)
+            sol, _ = model._posterior(times, values, for_path)
+            return _observed(model, sol.ys[places], noise, for_noise), sol.result
+
+        found, result = jax.vmap(sample)(jax.random.split(key_of(key, number), num_samples))
+        return found, first_failure(result)
+
+    return jax.vmap(one)(jnp.asarray(places), *_fields(batch))
+
+
+@eqx.filter_jit
+def _prior(model: AbstractLatentModel, ts: Array, num_samples: int, key: PRNGKeyArray, noise: bool) -> Array:
+    def sample(key: PRNGKeyArray) -> Array:
+        for_start, for_path, for_noise = jax.random.split(key, 3)
+        mean, scale = model.first_state()
+        z = mean + scale * jax.random.normal(for_start, mean.shape, mean.dtype)
+        sol, _ = model.path(z, ts, None, key=for_path, regularisers=())
+        return _observed(model, sol.ys, noise, for_noise)
+
+    return jax.vmap(sample)(jax.random.split(key, num_samples))
+
+
+def _observed(model: AbstractLatentModel, states: Array, noise: bool, key: PRNGKeyArray) -> Array:
+    means = jax.vmap(model.decode)(states)
+    return means + jnp.exp(model.log_noise) * jax.random.normal(key, means.shape, means.dtype) if noise else means
