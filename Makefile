@@ -66,8 +66,8 @@ $(VENV)/.stamp-test: $(SETUP)
 # torch without its dependencies is right where the index serves a CPU wheel; the wheel for CUDA does not import
 # without NVIDIA's libraries, and then they are fetched too.
 $(VENV)/.stamp-bench: $(SETUP)
-	@echo "installing sdeflow, torch and torchsde"
-	@$(PIP) -e ".[plot,progress]" filelock fsspec jinja2 networkx sympy typing-extensions boltons scipy trampoline
+	@echo "installing sdeflow, torch, torchsde and what aeon's classifiers need"
+	@$(PIP) -e ".[plot,progress]" numba scikit-learn deprecated pandas filelock fsspec jinja2 networkx sympy typing-extensions boltons scipy trampoline
 	@$(PIP) --no-deps "aeon>=1.6" torch==2.13.0 torchsde
 	@$(PY) -c "import torch" 2>/dev/null || $(PIP) torch==2.13.0
 	$(STAMP)

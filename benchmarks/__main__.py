@@ -36,6 +36,7 @@ PARTS = {
     "adjoints": "6b, 7: memory and time of a gradient through ten thousand steps",
     "compile_time": "12: compile time, persistent cache, import",
     "regularisers": "evaluations at prediction after training with regularisers",
+    "series": "irregular series: a training step beside torchsde and diffrax, accuracy beside the peers",
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",
 }
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts or numbers to run; all when none is named")
     parser.add_argument("--pairs", type=int, default=None, help="least number of pairs per row (default 7, quick 3)")
     parser.add_argument("--quick", action="store_true", help="short blocks, three pairs, fewer peers")
+    parser.add_argument("--full", action="store_true", help="more seeds and settings where a part has them (series)")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--no-torch", action="store_true", help="leave the PyTorch peers out")
     parser.add_argument("--device", default=None, help="JAX platform to run on: cpu, gpu, ... (default: JAX's own)")
@@ -89,6 +91,7 @@ def _report(options: argparse.Namespace) -> int:
         block=0.005 if options.quick else 0.02,
         span=0.2 if options.quick else 2.0,
         quick=options.quick,
+        full=options.full,
         torch=not options.no_torch,
         only=_only(options.names),
     )

@@ -31,6 +31,7 @@ class Options:
     block: float = 0.02
     span: float = 2.0
     quick: bool = False
+    full: bool = False
     torch: bool = True
     only: frozenset[str] = frozenset()
 
