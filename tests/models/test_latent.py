@@ -86,7 +86,7 @@ def test_rows_without_observations_do_not_change_what_the_encoder_says():
             model.encode(jnp.asarray(d.times[i], jnp.float32), jnp.asarray(d.values[i], jnp.float32)) for d in (data, more)
         )
         np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
-        for t in np.linspace(data.times[i][0], data.times[i][-1], 7):
+        for t in np.linspace(data.times[i][0], data.times[i][-1], 7)[:-1]:
             a, b = one[2].at(float(t)), two[2].at(float(t))
             np.testing.assert_allclose(a[0], b[0], rtol=1e-4, atol=1e-5)
 

@@ -369,14 +369,13 @@ class LatentSDE(AbstractLatentModel):
             return h, h
 
         some = seen.any(axis=1)
-        following = _next_time(times, some)
+        shown, following, end = _observed_times(times, some)
         gaps = jnp.where(some, following - times, 0).astype(values.dtype)
         start = jnp.zeros(self.cell.hidden_size, values.dtype)
         whole, summaries = jax.lax.scan(row, start, (values, seen, gaps), reverse=True)
         mean, raw = jnp.split(self.begin(whole), 2)
         # A row without observations has the summary of the next one that has any, and its time.
-        context = _Context(_shown(times, some), summaries, jnp.max(jnp.where(some, times, times[0])))
-        return mean, jax.nn.softplus(raw) + 1e-3, context
+        return mean, jax.nn.softplus(raw) + 1e-3, _Context(shown, summaries, end)
 
     def path(self, z: Array, times: Array, context: Any, *, key: Any, regularisers: Any) -> tuple[Solution, Array]:
         """A path from ``z``, and its divergence from the prior in nats; the prior's where ``context`` is None."""
@@ -458,16 +457,15 @@ class LatentODE(AbstractLatentModel):
         return sol, jnp.zeros((), z.dtype)
 
 
-def _next_time(times: Array, some: Array) -> Array:
-    """For every row the time of the next row after it that has an observation; its own where there is none."""
-    after = _shown(times, some)
-    return jnp.concatenate([after[1:], times[-1:]])
+def _observed_times(times: Array, some: Array) -> tuple[Array, Array, Array]:
+    """For every row the time of the first observation from it on, and after it; and the time of the last observation.
 
-
-def _shown(times: Array, some: Array) -> Array:
-    """For every row its own time if it has an observation, else that of the next row that has; the last time at the end."""
-    back = jax.lax.associative_scan(jnp.minimum, jnp.where(some, times, times[-1]), reverse=True)
-    return back
+    Where there is none, the last one's time, and the row's own.
+    """
+    here = jax.lax.associative_scan(jnp.minimum, jnp.where(some, times, jnp.inf), reverse=True)
+    after = jnp.concatenate([here[1:], jnp.full_like(here[:1], jnp.inf)])
+    end = jnp.max(jnp.where(some, times, times[0]))
+    return jnp.where(jnp.isfinite(here), here, end), jnp.where(jnp.isfinite(after), after, times), end
 
 
 def _fields(batch: SeriesBatch) -> tuple[Array, Array, Array]:
