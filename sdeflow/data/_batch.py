@@ -62,8 +62,8 @@ def plan_epoch(
     return plan if rng is None else [plan[i] for i in rng.permutation(len(plan))]
 
 
-def check_size(size: Any, num_series: int) -> int:
-    """The rows of a batch, at most as many as there are series.
+def check_size(size: Any, data: Any) -> int:
+    """The rows of a batch, at most as many as there are series; of a larger size each data set warns once.
 
     Raises:
         TypeError: if ``size`` is not an integer.
@@ -73,7 +73,11 @@ def check_size(size: Any, num_series: int) -> int:
         raise TypeError(f"The batch size must be an integer, got {size!r}.")
     if size < 1:
         raise ValueError(f"The batch size must be at least 1, got {size}.")
-    if size > num_series:
+    num_series = len(data)
+    warned = vars(data).setdefault("_warned_sizes", set())
+    if size > num_series and size not in warned:
+        # Not left to Python, which forgets what it has shown whenever a filter is set, as jax does while it compiles.
+        warned.add(size)
         warnings.warn(
             f"The batch size {size} is more than the {num_series} series there are; batches hold {num_series} rows.",
             SdeflowWarning,

@@ -588,7 +588,7 @@ class TimeSeries:
             TypeError: if ``size`` is not an integer, or ``key`` not a JAX key.
             ValueError: if ``size`` is below 1.
         """
-        size = check_size(size, len(self))
+        size = check_size(size, self)
         rng = None if key is None else generator(key, SHUFFLE)
         plan = plan_epoch(self._bucket, len(self.buckets), size, rng)
         return (self.batch(rows, length=self.buckets[bucket], weight=weight) for bucket, rows, weight in plan)

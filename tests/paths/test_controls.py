@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sdeflow as sf
 from sdeflow.paths import AbstractControl, hermite_control, linear_control, rectilinear_control
 
 TIMES = np.array([0.0, 0.3, 0.4, 1.0, 1.7], np.float32)
@@ -249,6 +250,18 @@ def test_out_of_range(make):
     # A solver's last stage may overshoot by rounding.
     barely = np.nextafter(TIMES[-1], np.float32(2))
     np.testing.assert_array_equal(strict.evaluate(barely), strict.knots[-1])
+
+
+@every
+def test_a_solve_beyond_the_data_says_which_control_ends(make):
+    path = make(np.array([0.0, 1.0, 2.0]), np.ones((3, 1)))
+    forced = sf.ODE(lambda t, y, control: control.evaluate(t) - y)
+    words = f'A {type(path).__name__} covers times from 0 to 2, but ts runs from 0 to 3: use extrapolate="flat"'
+    with pytest.raises(sf.SolveError, match=words):
+        sf.solve(forced, jnp.ones(1), [0.0, 1.0, 3.0], dt0=0.5, args=path)
+    held = make(path.times, path.knots, extrapolate="flat")
+    final = sf.solve(forced, jnp.ones(1), [0.0, 1.0, 3.0], dt0=0.5, args=held).final
+    np.testing.assert_allclose(final, 1.0, rtol=1e-6)
 
 
 def test_index_out_of_range():
