@@ -1,16 +1,16 @@
 """Claim: a latent stochastic equation learns a law whose evidence is known, noise included.
 
-Ornstein-Uhlenbeck series with noise, 10 irregular times in two time units; `LatentSDE` with an identity decoder. Judged on
-series that training did not see:
+Ornstein-Uhlenbeck series with noise, 10 irregular times in two time units; `LatentSDE` with an identity decoder.
+Judged on series that training did not see:
 
-    gap         log evidence of the true law, by an exact Kalman filter, less the bound of the model, in nats per series;
-                at most 0.1
+    gap         log evidence of the true law, by an exact Kalman filter, less the bound of the model, in nats per
+                series; at most 0.1
     coverage    the share of held-out observations inside the model's 90 % bands, given the others; 0.85 to 0.95
     variation   quadratic variation per unit of time of decoded paths of the prior over the true one; 0.75 to 1.25
 
 The same figures but the gap, for which there is no closed form, are reported for the stochastic Lorenz equation with
-torchsde's settings in small: a = (10, 28, 8/3), noise (.1, .28, .3) x, 100 observations in [0, 2] with a standard deviation
-of 0.01 after normalising, 4 latent numbers.
+torchsde's settings in small: a = (10, 28, 8/3), noise (.1, .28, .3) x, 100 observations in [0, 2] with a standard
+deviation of 0.01 after normalising, 4 latent numbers.
 """
 
 import dataclasses
@@ -121,7 +121,12 @@ def ornstein_uhlenbeck(options: Options) -> Claim:
         f"4096 series to learn from, 256 to judge by, {steps} updates, {seconds:.0f} s",
         "nothing: the figures themselves",
         [
-            line("gap, nats a series", mean, (-3 * error, 0.1), f"standard error {error:.3f}, evidence {exact.mean():.2f}"),
+            line(
+                "gap, nats a series",
+                mean,
+                (-3 * error, 0.1),
+                f"standard error {error:.3f}, evidence {exact.mean():.2f}",
+            ),
             line("coverage of 90 % bands", coverage(model, test, 4), (0.85, 0.95)),
             line("variation / the true one", variation, (0.75, 1.25)),
             line("noise of observations / the true one", float(jnp.exp(model.log_noise[0])) / NOISE, (0.0, 0.0)),
@@ -133,9 +138,7 @@ def lorenz(options: Options) -> Claim:
     """A law without a closed form, reported."""
     steps = 100 if options.quick else 600
     a, b = np.array([10.0, 28.0, 8 / 3]), np.array([0.1, 0.28, 0.3])
-    drift = lambda t, x, args: jnp.stack(
-        [a[0] * (x[1] - x[0]), x[0] * (a[1] - x[2]) - x[1], x[0] * x[1] - a[2] * x[2]]
-    )
+    drift = lambda t, x, args: jnp.stack([a[0] * (x[1] - x[0]), x[0] * (a[1] - x[2]) - x[1], x[0] * x[1] - a[2] * x[2]])
     truth = sf.SDE(drift, lambda t, x, args: jnp.asarray(b, x.dtype) * x)
     ts = np.linspace(0.0, 2.0, 100)
 
@@ -152,7 +155,9 @@ def lorenz(options: Options) -> Claim:
     model, seconds = trained(model, data, steps, 1e-2, steps // 5, 64)
     bounds = model.elbo(test, key=jax.random.key(3), num_samples=8)
     drawn = np.asarray(model.sample(np.linspace(0.0, 1.0, 100), 256, key=jax.random.key(4)))
-    variation = (np.diff(drawn, axis=1) ** 2).sum(axis=(1, 2)).mean() / (np.diff(paths, axis=1) ** 2).sum(axis=(1, 2)).mean()
+    variation = (np.diff(drawn, axis=1) ** 2).sum(axis=(1, 2)).mean() / (np.diff(paths, axis=1) ** 2).sum(
+        axis=(1, 2)
+    ).mean()
     return Claim(
         "latent",
         "stochastic Lorenz, reported",

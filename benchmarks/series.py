@@ -1,19 +1,21 @@
 """Claim: the stable classes classify irregular series at least as well as their peers, and train much faster.
 
-Accuracy. Three data sets that ship inside aeon, on their official split: BasicMotions (40 and 40 series, 6 channels, 100
-steps, 4 classes), JapaneseVowels (270 and 370, 12, 7 to 29, 9) and PickupGestureWiimoteZ (50 and 50, 1, 29 to 361, 10).
-A share of the values is dropped at random, from each channel by itself, anew for every seed; the same for all methods.
+Accuracy. Three data sets that ship inside aeon, on their official split: BasicMotions (40 and 40 series, 6 channels,
+100 steps, 4 classes), JapaneseVowels (270 and 370, 12, 7 to 29, 9) and PickupGestureWiimoteZ (50 and 50, 1, 29 to 361,
+10). A share of the values is dropped at random, from each channel by itself, anew for every seed; the same for all
+methods.
 
     neural methods    a state of 32 numbers, networks of width 32, one Euler step (midpoint for the controlled equation)
-                      between two observations, in the pure mode: the same updates of AdamW in batches of 32 with a cosine
-                      schedule, and in every epoch another share of the observations hidden. Two first rates are tried, on
-                      a fifth of the training data held out, by one seed that is not reported, at half of the values
+                      between two observations, in the pure mode: the same updates of AdamW in batches of 32 with a
+                          cosine
+                      schedule, and in every epoch another share of the observations hidden. Two first rates are tried,
+                      on a fifth of the training data held out, by one seed that is not reported, at half of the values
                       missing; the better one then trains on all training data. The last parameters count; 8 paths.
     MiniRocket        aeon's, with its own defaults; gaps filled by straight lines, series stretched to one length
 
-Speed. One training step (value and gradient) of a Langevin model, batch 64, a state of 32, 100 Euler steps, two networks of
-width 64 and depth 2: sdeflow, torchsde on the grid 0, 1, ..., 100 (the steps are then exact in float32; on [0, 1] it is
-many times slower) and diffrax with its own Brownian tree, all with the same networks, in one process.
+Speed. One training step (value and gradient) of a Langevin model, batch 64, a state of 32, 100 Euler steps, two
+networks of width 64 and depth 2: sdeflow, torchsde on the grid 0, 1, ..., 100 (the steps are then exact in float32; on
+[0, 1] it is many times slower) and diffrax with its own Brownian tree, all with the same networks, in one process.
 
 ``--full`` takes five seeds and 0, 30, 50 and 70 % missing, and writes every figure to benchmarks/series.csv.
 """
@@ -30,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,7 +233,9 @@ def run(options: Options) -> list[Claim]:
             file.write("# python -m benchmarks series --full\n")
             writer = csv.writer(file)
             writer.writerow([field.name for field in dataclasses.fields(Figure)])
-            writer.writerows([x.data, x.missing, x.method, x.seed, x.rate, f"{x.accuracy:.4f}", f"{x.seconds:.1f}"] for x in found)
+            writer.writerows(
+                [x.data, x.missing, x.method, x.seed, x.rate, f"{x.accuracy:.4f}", f"{x.seconds:.1f}"] for x in found
+            )
     return claims
 
 
@@ -292,16 +295,22 @@ def speed(options: Options) -> Claim:
     mine = harness.compiled("sdeflow", step(ours), (params, y0, key))
     rows = []
     if options.torch and importlib.util.find_spec("torchsde") is not None:
-        make = lambda: harness.row(
-            Method("torchsde euler, grid 0..100", _torchsde(params, y0)), mine, options, 0.30
+        make = lambda: harness.row(Method("torchsde euler, grid 0..100", _torchsde(params, y0)), mine, options, 0.30)
+        rows.append(
+            dataclasses.replace(
+                harness.attempt("sdeflow / torchsde", make, 0.30), method="sdeflow / torchsde", judged=("cpu",)
+            )
         )
-        rows.append(dataclasses.replace(harness.attempt("sdeflow / torchsde", make, 0.30), method="sdeflow / torchsde", judged=("cpu",)))
     make = lambda: harness.row(harness.compiled("diffrax", step(tree), (params, y0, key)), mine, options, 0.06)
-    rows.append(dataclasses.replace(harness.attempt("sdeflow / diffrax, tree", make, 0.06), method="sdeflow / diffrax, tree", judged=("cpu",)))
+    rows.append(
+        dataclasses.replace(
+            harness.attempt("sdeflow / diffrax, tree", make, 0.06), method="sdeflow / diffrax, tree", judged=("cpu",)
+        )
+    )
     return Claim(
         "series-speed",
         "a training step of a Langevin model",
-        f"batch {BATCH}, a state of {STATE}, {ROWS} Euler steps, every state saved, value and gradient, torch with one thread",
+        f"batch {BATCH}, a state of {STATE}, {ROWS} Euler steps, states saved, value and gradient, torch on 1 thread",
         "the peer named in the line",
         rows,
     )

@@ -1,8 +1,8 @@
 """Forecast noisy series with bands, and see what the loss makes of the noise.
 
-Mean-reverting series are read up to three quarters of their time; a neural Langevin equation says what comes next. Fitted by
-the mean square error its samples hardly differ; fitted by the energy score they differ as the data do. Takes about a minute;
-writes demo-output/forecast_bands.png.
+Mean-reverting series are read up to three quarters of their time; a neural Langevin equation says what comes next.
+Fitted by the mean square error its samples hardly differ; fitted by the energy score they differ as the data do. Takes
+about a minute; writes demo-output/forecast_bands.png.
 """
 
 from pathlib import Path

@@ -1,8 +1,13 @@
 """One batch of padded series: a pytree of NumPy arrays with static shapes."""
 
+import warnings
+from typing import Any
+
 import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from .._compat import SdeflowWarning
 
 
 class SeriesBatch(eqx.Module):
@@ -13,7 +18,7 @@ class SeriesBatch(eqx.Module):
     Arguments:
         times: shape (B, L), internal times; padding repeats the last time of the series.
         values: shape (B, L, C), NaN where missing and in the padding.
-        mask: shape (B, L, C), True where a value was observed.
+        mask: shape (B, L, C), True where a value was observed; False in channels that count observations.
         lengths: shape (B,), the number of time steps before the padding.
         labels: shape (B,), class numbers 0..K-1, or None.
         targets: shape (B, k), or None.
@@ -55,3 +60,27 @@ def plan_epoch(
             rows = np.append(chosen, np.repeat(chosen[:1], size - chosen.size))
             plan.append((bucket, rows, weight))
     return plan if rng is None else [plan[i] for i in rng.permutation(len(plan))]
+
+
+def check_size(size: Any, data: Any) -> int:
+    """The rows of a batch, at most as many as there are series; of a larger size each data set warns once.
+
+    Raises:
+        TypeError: if ``size`` is not an integer.
+        ValueError: if ``size`` is below 1.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | np.integer):
+        raise TypeError(f"The batch size must be an integer, got {size!r}.")
+    if size < 1:
+        raise ValueError(f"The batch size must be at least 1, got {size}.")
+    num_series = len(data)
+    warned = vars(data).setdefault("_warned_sizes", set())
+    if size > num_series and size not in warned:
+        # Not left to Python, which forgets what it has shown whenever a filter is set, as jax does while it compiles.
+        warned.add(size)
+        warnings.warn(
+            f"The batch size {size} is more than the {num_series} series there are; batches hold {num_series} rows.",
+            SdeflowWarning,
+            stacklevel=3,
+        )
+    return min(int(size), num_series)

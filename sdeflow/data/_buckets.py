@@ -1,5 +1,7 @@
 """Bucket lengths: the few lengths to which series are padded; a program compiles once for each of them."""
 
+from typing import Any
+
 import numpy as np
 
 _CANDIDATES = 64  # Lengths beyond this many are thinned by quantiles before the exact search.
@@ -37,7 +39,7 @@ def choose_buckets(lengths: np.ndarray, num_buckets: int) -> tuple[int, ...]:
             total = cost[k - 1, :j] + work[:j, j - 1]
             cut[k, j] = int(np.argmin(total))
             cost[k, j] = total[cut[k, j]]
-    best = next(k for k in range(1, most + 1) if cost[k, size] <= _SLACK * cost[most, size])
+    best = next(k for k in range(1, most + 1) if cost[k, size] <= _SLACK * cost[:, size].min())
     ends, j = [], size
     for k in range(best, 0, -1):
         ends.append(int(distinct[j - 1]))
@@ -61,3 +63,21 @@ def check_buckets(lengths: object, longest: int) -> tuple[int, ...]:
             f"add a bucket of at least {longest}."
         )
     return buckets
+
+
+def other_buckets(
+    of_series: np.ndarray, lengths: Any, num_buckets: int | None, like: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Bucket lengths given, chosen, or shared with another set, of which exactly one is not None.
+
+    Raises:
+        ValueError: as `sdeflow.data.TimeSeries.with_buckets` says.
+    """
+    if sum(option is not None for option in (lengths, num_buckets, like)) != 1:
+        raise ValueError("Give exactly one of lengths, num_buckets= and like= to with_buckets.")
+    if num_buckets is not None:
+        if not isinstance(num_buckets, int | np.integer) or num_buckets < 1:
+            raise ValueError(f"num_buckets must be a positive integer, got {num_buckets!r}.")
+        return choose_buckets(of_series, int(num_buckets))
+    longest = int(of_series.max())
+    return check_buckets(lengths if like is None else (*like, max(longest, like[-1])), longest)

@@ -10,14 +10,20 @@ from ._time_map import as_time_array
 
 
 def split_long(
-    frame: Any, id: str, time: str, values: Sequence[str], label: str | None
-) -> tuple[list[np.ndarray], list[np.ndarray], list[Hashable], list[Hashable] | None]:
-    """Times, values, ids and labels of the series in a table, sorted by time within each.
+    frame: Any,
+    id: str,
+    time: str,
+    values: str | Sequence[str],
+    label: str | None,
+    tables: dict[str, str | Sequence[str] | None],
+) -> tuple[list[np.ndarray], list[np.ndarray], list[Hashable], list[Hashable] | None, dict[str, np.ndarray | None]]:
+    """Times, values, ids, labels and tables of the series in a table, sorted by time within each.
 
     Raises:
-        TypeError: if a value column is not numeric.
-        ValueError: for a missing column, a missing id or time, or a label that changes within a series.
+        TypeError: if a column of numbers is not numeric.
+        ValueError: for a missing column, a missing id or time, or what belongs to a whole series and changes in it.
     """
+    values = _names(values)
     if not values:
         raise ValueError("values= must name at least one column.")
     names = _to_list(_column(frame, id))
@@ -45,7 +51,12 @@ def split_long(
         np.split(np.stack(columns, axis=1)[order], cuts),
         list(code),
         labels,
+        {title: _table(frame, columns, codes, list(code)) for title, columns in tables.items()},
     )
+
+
+def _names(columns: str | Sequence[str]) -> list[str]:
+    return [columns] if isinstance(columns, str) else list(columns)
 
 
 def _column(frame: Any, name: str) -> Any:
@@ -89,3 +100,24 @@ def _labels(column: list[Any], codes: np.ndarray, names: list[Hashable], title: 
                 f"{label!r} in row {row}; a label belongs to a whole series."
             )
     return labels
+
+
+def _table(
+    frame: Any, columns: str | Sequence[str] | None, codes: np.ndarray, names: list[Hashable]
+) -> np.ndarray | None:
+    """Shape (N, k), one row for each series, of columns that are constant within each."""
+    if columns is None or not _names(columns):
+        return None
+    found = []
+    for title in _names(columns):
+        column = as_numbers(_to_numpy(_column(frame, title)), f"Column {title!r}")
+        of_series = column[np.unique(codes, return_index=True)[1]]
+        changed = ~((column == of_series[codes]) | (np.isnan(column) & np.isnan(of_series[codes])))
+        if changed.any():
+            row = int(np.argmax(changed))
+            raise ValueError(
+                f"Column {title!r} changes within series {names[codes[row]]!r}, from {of_series[codes[row]]:g} to "
+                f"{column[row]:g} in row {row}; list it in values= if it changes in time."
+            )
+        found.append(of_series)
+    return np.stack(found, axis=1)

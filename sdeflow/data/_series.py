@@ -2,32 +2,24 @@
 
 import dataclasses
 import functools
-import hashlib
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from .._compat import SdeflowWarning
-from ._batch import SeriesBatch, plan_epoch
-from ._buckets import check_buckets, choose_buckets
+from ._assemble import assemble, check_channels
+from ._batch import SeriesBatch, check_size, plan_epoch
+from ._buckets import choose_buckets, other_buckets
 from ._choices import drop, split_positions
+from ._insert import insert_rows
+from ._intensity import counts, mean_counts
 from ._long import split_long
 from ._moments import moments
 from ._random import SHUFFLE, generator
-from ._read import (
-    check_observed,
-    check_order,
-    check_resolution,
-    check_values,
-    flatten,
-    merge_duplicates,
-    read_labels,
-    read_table,
-)
-from ._time_map import TimeMap, fit_time_map
+from ._read import check_observed
+from ._summary import digest, summary
+from ._time_map import TimeMap
 
 _NUM_BUCKETS = 3
 
@@ -69,6 +61,7 @@ class TimeSeries:
     classes: tuple[Hashable, ...] | None = None
     targets: Float[np.ndarray, "N k"] | None = None
     static: Float[np.ndarray, "N s"] | None = None
+    has_intensity: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -135,6 +128,8 @@ class TimeSeries:
         time: str,
         values: str | Sequence[str],
         label: str | None = None,
+        targets: str | Sequence[str] | None = None,
+        static: str | Sequence[str] | None = None,
         duplicates: Literal["error", "mean", "last"] = "error",
         align: Literal["global", "start"] = "global",
         like: "TimeSeries | None" = None,
@@ -150,14 +145,16 @@ class TimeSeries:
             time: the column of times.
             values: the column, or columns, of values; missing entries become NaN.
             label: the column of class labels, constant within each series.
+            targets: the column, or columns, of numbers to predict, constant within each series.
+            static: the column, or columns, of covariates that do not change in time.
             duplicates: as in `TimeSeries.from_arrays`, and so are the next two.
             align: from which time to measure.
             like: a set to take the map of times and the classes from.
 
         Raises:
-            TypeError: if a value column is not numeric, naming the column.
-            ValueError: for a column that is not there, missing ids or times, a label that changes within a
-                series, and all that `TimeSeries.from_arrays` refuses.
+            TypeError: if a column of numbers is not numeric, naming the column.
+            ValueError: for a column that is not there, missing ids or times, a label, target or covariate that
+                changes within a series, and all that `TimeSeries.from_arrays` refuses.
 
         Example:
             >>> from sdeflow.data import TimeSeries
@@ -166,42 +163,15 @@ class TimeSeries:
             >>> data.ids, data.values[0].tolist()
             (('a', 'b'), [[1.0], [3.0]])
         """
-        columns = [values] if isinstance(values, str) else list(values)
-        times, rows, ids, labels = split_long(frame, id, time, columns, label)
-        return cls._build(times, rows, labels, None, None, None, ids, duplicates, align, like)
+        times, rows, ids, labels, tables = split_long(
+            frame, id, time, values, label, {"targets": targets, "static": static}
+        )
+        return cls._build(times, rows, labels, None, tables["targets"], tables["static"], ids, duplicates, align, like)
 
     @classmethod
     def _build(cls, times, values, labels, classes, targets, static, ids, duplicates, align, like) -> "TimeSeries":
-        if align not in ("global", "start"):
-            raise ValueError(f'align must be "global" or "start", got {align!r}.')
-        flat = flatten(times, values, ids)
-        check_order(flat, duplicates)
-        flat = merge_duplicates(flat, duplicates)
-        check_values(flat)
-        time_map = fit_time_map(flat.times, flat.offsets, flat.dtype, align)
-        channels = flat.values.shape[1]
-        if like is not None:
-            _check_channels(like, channels)
-            time_map = time_map.following(like._time_map)
-            classes = like.classes if labels is not None else classes
-        shift = np.repeat(time_map.shift, np.diff(flat.offsets)) if time_map.per_series else time_map.shift
-        internal = time_map.to_internal(flat.times, shift)
-        check_resolution(internal, flat, time_map)
-        codes, classes = read_labels(labels, classes, flat.ids)
-        return cls(
-            _times=internal,
-            _values=flat.values,
-            _offsets=flat.offsets,
-            _time_map=time_map,
-            ids=flat.ids,
-            buckets=choose_buckets(np.diff(flat.offsets), _NUM_BUCKETS),
-            value_shift=np.zeros(channels),
-            value_scale=np.ones(channels),
-            labels=codes,
-            classes=classes,
-            targets=read_table(targets, "targets", flat.ids),
-            static=read_table(static, "static", flat.ids),
-        )
+        fields = assemble(times, values, labels, classes, targets, static, ids, duplicates, align, like)
+        return cls(buckets=choose_buckets(np.diff(fields["_offsets"]), _NUM_BUCKETS), **fields)
 
     # What is in it
 
@@ -212,8 +182,13 @@ class TimeSeries:
 
     @property
     def num_channels(self) -> int:
-        """C, the number of channels."""
+        """C, the number of channels, those of `TimeSeries.with_intensity` included."""
         return self._values.shape[1]
+
+    @property
+    def num_measured(self) -> int:
+        """The number of channels without those of `TimeSeries.with_intensity`, which come last."""
+        return self.num_channels // 2 if self.has_intensity else self.num_channels
 
     @functools.cached_property
     def lengths(self) -> Int[np.ndarray, " N"]:
@@ -241,14 +216,7 @@ class TimeSeries:
             >>> one.fingerprint() == one.fingerprint(), one.fingerprint() == two.fingerprint()
             (True, False)
         """
-        digest = hashlib.sha256()
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            array = value if isinstance(value, np.ndarray) and value.dtype != object else None
-            digest.update(field.name.encode() + (repr(value).encode() if array is None else repr(array.dtype).encode()))
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        return digest(self)
 
     def __len__(self) -> int:
         return self.num_series
@@ -276,27 +244,7 @@ class TimeSeries:
         )
 
     def __repr__(self) -> str:
-        count = lambda n, word, plural="s": f"{n} {word}{plural if n != 1 else ''}"
-        low, high = self.lengths.min(), self.lengths.max()
-        steps = count(low, "time step") if low == high else f"{low} to {high} time steps"
-        extras = [] if self.classes is None else [count(len(self.classes), "class", "es")]
-        extras += [] if self.targets is None else [count(self.targets.shape[1], "target")]
-        extras += [] if self.static is None else [count(self.static.shape[1], "static covariate")]
-        if self._time_map.per_series:
-            span = "times from each series' own start"
-        else:
-            ends = self.to_user_time(np.array([self._times.min(), self._times.max()]))
-            low_time, high_time = (str(t) if self.time_dtype else f"{t:g}" for t in ends)
-            span = f"times from {low_time} to {high_time}"
-        unit = "" if self.time_dtype is None else f" {np.datetime_data(self.time_dtype)[0]}"
-        padding = 1 - self.lengths.sum() / np.asarray(self.buckets)[self._bucket].sum()
-        return (
-            f"TimeSeries: {len(self)} series of {count(self.num_channels, 'channel')} and {steps}"
-            + "".join(f", {text}" for text in extras)
-            + f"; {np.isnan(self._values).mean():.1%} of the values missing; {span}, one internal unit "
-            f"being {self.time_scale:g}{unit}; "
-            f"batches padded to {' or '.join(map(str, self.buckets))} steps ({padding:.0%} of them padding)."
-        )
+        return summary(self)
 
     # Times
 
@@ -374,7 +322,9 @@ class TimeSeries:
         keep = self._times <= np.repeat(limits, self.lengths)
         offsets = np.concatenate([[0], np.cumsum(keep)])[self._offsets]
         values = self._values[keep]
-        check_observed(values, offsets, self.ids, f"take a later time than {t}, or leave these series out")
+        check_observed(
+            values[:, : self.num_measured], offsets, self.ids, f"take a later time than {t}, or leave these series out"
+        )
         buckets = choose_buckets(np.diff(offsets), len(self.buckets))
         return dataclasses.replace(self, _times=self._times[keep], _values=values, _offsets=offsets, buckets=buckets)
 
@@ -403,26 +353,18 @@ class TimeSeries:
         if (np.diff(raw, axis=1) <= 0).any():
             raise ValueError("ts must increase strictly; sort the times and leave out repeats.")
         wanted = self._time_map.to_internal(raw, self._time_map.offset(raw.shape, np.arange(len(self))))
-        times, values, places = [], [], []
-        for name, t, x, more in zip(self.ids, self.times, self.values, wanted):
-            if more[0] < t[0] or (beyond and more[0] <= t[-1]):
-                edge = "after its last" if beyond else "not before its first"
-                raise ValueError(f"Series {name!r}: all ts must come {edge} time.")
-            merged, back = np.unique(np.concatenate([t, more]), return_inverse=True)
-            filled = np.full((merged.size, x.shape[1]), np.nan)
-            filled[back[: t.size]] = x
-            times.append(merged)
-            values.append(filled)
-            places.append(back[t.size :])
-        lengths = np.array([t.size for t in times])
+        own = [x[:, : self.num_measured] for x in self.values]
+        times, values, lengths, places = insert_rows(self.times, own, wanted, self.ids, beyond)
         changed = dataclasses.replace(
             self,
-            _times=np.concatenate(times),
-            _values=np.concatenate(values),
+            _times=times,
+            _values=values,
             _offsets=np.concatenate([[0], np.cumsum(lengths)]),
             buckets=choose_buckets(lengths, len(self.buckets)),
         )
-        return changed, np.array(places)
+        if self.has_intensity:
+            changed = dataclasses.replace(changed, _values=changed._counted(values))
+        return changed, places
 
     # Values
 
@@ -431,7 +373,7 @@ class TimeSeries:
 
             internal = (user - value_shift) / value_scale
 
-        A channel that is constant, or never observed, keeps its scale.
+        A channel that is constant, or never observed, keeps its scale, and so do counts of observations.
 
         Arguments:
             like: take the shift and scale of this set (the training data) instead of one's own.
@@ -445,14 +387,20 @@ class TimeSeries:
             >>> train.values[0].tolist(), train.to_user_values(train.values[0]).tolist()
             ([[-1.0], [1.0]], [[10.0], [30.0]])
         """
-        source = self if like is None else like
-        _check_channels(source, self.num_channels)
-        shift, scale = source.value_shift, source.value_scale
+        source, own = self if like is None else like, self.num_measured
+        check_channels(source, own)
+        shift, scale = source.value_shift[:own], source.value_scale[:own]
         if like is None or not (shift.any() or (scale != 1).any()):
-            mean, deviation = moments(source._values)
+            mean, deviation = moments(source._values[:, :own])
             shift, scale = shift + scale * mean, scale * deviation
-        values = (self.to_user_values(self._values) - shift) / scale
-        return dataclasses.replace(self, _values=values, value_shift=shift, value_scale=scale)
+        values = self._values.copy()
+        values[:, :own] = (self.to_user_values(values)[:, :own] - shift) / scale
+        return dataclasses.replace(
+            self,
+            _values=values,
+            value_shift=np.append(shift, self.value_shift[own:]),
+            value_scale=np.append(scale, self.value_scale[own:]),
+        )
 
     def to_user_values(self, values: Any) -> Any:
         """Values of shape (..., C) in the user's units: ``value_shift + value_scale values``."""
@@ -464,7 +412,8 @@ class TimeSeries:
         """A share of the observed values set to NaN at random; the time steps themselves stay.
 
         What is dropped from a series depends on the key and the series' id alone, not on its position. At
-        least one observation of each series is kept.
+        least one observation of each series is kept. Channels of `TimeSeries.with_intensity` are counted anew, in
+        the unit that they had.
 
         Arguments:
             fraction: the share to drop, in [0, 1).
@@ -484,20 +433,63 @@ class TimeSeries:
             >>> np.isnan(thin.values[0]).sum(axis=0).tolist()
             [7, 7]
         """
-        return dataclasses.replace(self, _values=drop(self._values, self._offsets, self.ids, fraction, key, per))
+        own = self.num_measured
+        values = drop(self._values[:, :own], self._offsets, self.ids, fraction, key, per)
+        return dataclasses.replace(self, _values=self._counted(values) if self.has_intensity else values)
 
-    def split(self, fraction: float, *, key: PRNGKeyArray) -> tuple["TimeSeries", "TimeSeries"]:
+    def with_intensity(self, like: "TimeSeries | None" = None) -> "TimeSeries":
+        """The same series with, for every channel, one more that counts its observations.
+
+            intensity(t_i) = #{j <= i : the channel is observed at t_j} / unit
+
+        A model sees a path without gaps; the counts show it when and how often each channel was measured. They come
+        after the channels, are never missing, and are causal: each counts what came up to its own time. The unit is
+        the mean count at the end of a series, so that they are of order one. Batches have them in ``values`` but not
+        in ``mask``, since nobody measured them. `TimeSeries.standardise` leaves them alone, before or after, and
+        what `TimeSeries.drop_observations` drops, before or after, is not counted.
+
+        Arguments:
+            like: take the units of this set (the training data), whether it has its counts or not.
+
+        Raises:
+            ValueError: if there are counts already, or ``like`` has another number of channels.
+
+        Example:
+            >>> from sdeflow.data import TimeSeries
+            >>> data = TimeSeries.from_arrays([[0.0, 1.0, 2.0]], [[5.0, float("nan"), 6.0]]).with_intensity()
+            >>> data.num_channels, data.values[0][:, 1].tolist(), data.to_user_values(data.values[0])[:, 1].tolist()
+            (2, [0.5, 0.5, 1.0], [1.0, 1.0, 2.0])
+        """
+        if self.has_intensity:
+            raise ValueError("These series have counts of their observations already.")
+        source = self if like is None else like
+        own = self.num_channels
+        check_channels(source, own)
+        unit = source.value_scale[own:] if source.has_intensity else mean_counts(source._values, source._offsets)
+        wider = dataclasses.replace(
+            self,
+            value_shift=np.append(self.value_shift, np.zeros(own)),
+            value_scale=np.append(self.value_scale, unit),
+            has_intensity=True,
+        )
+        return dataclasses.replace(wider, _values=wider._counted(self._values))
+
+    def _counted(self, values: np.ndarray) -> np.ndarray:
+        """Values of shape (T, C) and beside them their counts, in the units of this set."""
+        return np.concatenate([values, counts(values, self._offsets) / self.value_scale[values.shape[1] :]], axis=1)
+
+    def split(self, fraction: float | Sequence[float], *, key: PRNGKeyArray) -> tuple["TimeSeries", ...]:
         """Two sets: a ``fraction`` of the series, and the rest; of every class the same share, if labelled.
 
         Which series goes where depends on the key and the ids, not on their order.
 
         Arguments:
-            fraction: the share of the first set, between 0 and 1.
+            fraction: the share of the first set, between 0 and 1; or the shares of all sets, which add up to 1.
             key: a JAX key.
 
         Raises:
             TypeError: if ``key`` is not a JAX key.
-            ValueError: if one of the two would be empty.
+            ValueError: if one of the sets would be empty, or the shares do not add up to 1.
 
         Example:
             >>> from sdeflow.data import TimeSeries
@@ -505,9 +497,9 @@ class TimeSeries:
             >>> data = TimeSeries.from_arrays([[0.0]] * 10, [[1.0]] * 10)
             >>> [len(part) for part in data.split(0.8, key=jax.random.key(0))]
             [8, 2]
+            >>> train, validation, test = data.split([0.6, 0.2, 0.2], key=jax.random.key(0))
         """
-        first, second = split_positions(self.ids, self.labels, fraction, key)
-        return self[first], self[second]
+        return tuple(self[part] for part in split_positions(self.ids, self.labels, fraction, key))
 
     # Batches
 
@@ -531,16 +523,8 @@ class TimeSeries:
         Raises:
             ValueError: unless exactly one is given, or if the longest series fits into no bucket.
         """
-        if sum(option is not None for option in (lengths, num_buckets, like)) != 1:
-            raise ValueError("Give exactly one of lengths, num_buckets= and like= to with_buckets.")
-        if num_buckets is not None:
-            if not isinstance(num_buckets, int | np.integer) or num_buckets < 1:
-                raise ValueError(f"num_buckets must be a positive integer, got {num_buckets!r}.")
-            return dataclasses.replace(self, buckets=choose_buckets(self.lengths, int(num_buckets)))
-        longest = int(self.lengths.max())
-        if like is not None:
-            lengths = (*like.buckets, max(longest, like.buckets[-1]))
-        return dataclasses.replace(self, buckets=check_buckets(lengths, longest))
+        shared = None if like is None else like.buckets
+        return dataclasses.replace(self, buckets=other_buckets(self.lengths, lengths, num_buckets, shared))
 
     @functools.cached_property
     def _bucket(self) -> np.ndarray:
@@ -577,11 +561,13 @@ class TimeSeries:
         rows = self._offsets[positions][:, None] + np.minimum(steps, lengths[:, None] - 1)
         inside = (steps < lengths[:, None])[..., None]
         padded = np.where(inside, values[rows], np.float32(np.nan))
+        mask = ~np.isnan(padded)
+        mask[..., self.num_measured :] = False
         pick = lambda array: None if array is None else array[positions]
         return SeriesBatch(
             times=times[rows],
             values=padded,
-            mask=~np.isnan(padded),
+            mask=mask,
             lengths=lengths.astype(np.int32),
             labels=pick(self.labels),
             targets=pick(targets),
@@ -605,21 +591,7 @@ class TimeSeries:
             TypeError: if ``size`` is not an integer, or ``key`` not a JAX key.
             ValueError: if ``size`` is below 1.
         """
-        if isinstance(size, bool) or not isinstance(size, int | np.integer):
-            raise TypeError(f"The batch size must be an integer, got {size!r}.")
-        if size < 1:
-            raise ValueError(f"The batch size must be at least 1, got {size}.")
-        if size > len(self):
-            warnings.warn(
-                f"The batch size {size} is more than the {len(self)} series there are; batches hold {len(self)} rows.",
-                SdeflowWarning,
-                stacklevel=2,
-            )
+        size = check_size(size, self)
         rng = None if key is None else generator(key, SHUFFLE)
-        plan = plan_epoch(self._bucket, len(self.buckets), min(int(size), len(self)), rng)
+        plan = plan_epoch(self._bucket, len(self.buckets), size, rng)
         return (self.batch(rows, length=self.buckets[bucket], weight=weight) for bucket, rows, weight in plan)
-
-
-def _check_channels(like: TimeSeries, channels: int) -> None:
-    if like.num_channels != channels:
-        raise ValueError(f"like has {like.num_channels} channels, but these series have {channels}.")

@@ -13,8 +13,8 @@ class Chart(eqx.Module):
     Arguments:
         equation: an `AbstractEquation` for the other coordinates.
         start: their start.
-        read: ``read(x)``, the state that they stand for. If it has a method ``notes(x)``, the dict that this returns for
-            the last x joins ``sol.stats``.
+        read: ``read(x)``, the state that they stand for. If it has a method ``notes(x)``, the dict that this returns
+            for the last x joins ``sol.stats``.
     """
 
     equation: Any

@@ -202,7 +202,7 @@ def subdivide(ts: Array, steps_per_interval: int) -> Grid:
     ts = jnp.asarray(ts)
     gaps = ts[1:] - ts[:-1]
     fraction = jnp.asarray(np.arange(k) / k, ts.dtype)
-    left = (ts[:-1, None] + gaps[:, None] * fraction).reshape(-1)
+    left = (ts[:-1, None] + gaps[:, None] * fraction[None]).reshape(-1)
     # The next row's left end is this row's right end to the last bit, and intervals end exactly on ts.
     right = jnp.concatenate([left[1:], ts[-1:]])
     live = jnp.repeat(gaps != 0, k)

@@ -124,12 +124,8 @@ class NeuralSDE(NeuralODE):
         key: PRNGKeyArray,
     ):
         f, g = jax.random.split(key)
-        super().__init__(
-            state_size, control_size=control_size, width=width, depth=depth, mode=mode, rate=rate, key=f
-        )
-        self.g = NoiseField(
-            state_size, width=width, mode=mode, sigma_min=sigma_min, sigma_max=sigma_max, key=g
-        )
+        super().__init__(state_size, control_size=control_size, width=width, depth=depth, mode=mode, rate=rate, key=f)
+        self.g = NoiseField(state_size, width=width, mode=mode, sigma_min=sigma_min, sigma_max=sigma_max, key=g)
 
     def diffusion(self, t: Any, y: Float[Array, " H"], args: Any) -> Float[Array, " H"]:
         """The diagonal of the diffusion; it does not see the control."""

@@ -158,7 +158,8 @@ class NeuralLangevinSDE(AbstractStableSDE):
 class NeuralLinearNoiseSDE(AbstractStableSDE):
     r"""Learned drift and linear noise, driven by data: dz = gamma(zeta(t, z, X(t))) dt + sigma(t) z dW (Ito).
 
-    The noise vanishes with the state, and grows no faster than it: drift and diffusion are Lipschitz, so a unique strong
+    The noise vanishes with the state, and grows no faster than it: drift and diffusion are Lipschitz, so a unique
+        strong
     solution exists. For a drift that contracts at rate lam, two solutions with the same noise approach each other in
     the mean square where sigma^2 < 2 lam; Euler steps of length h keep that where h < (2 lam - sigma^2) / lam^2.
 
@@ -199,7 +200,8 @@ class NeuralLinearNoiseSDE(AbstractStableSDE):
 class NeuralGeometricSDE(AbstractStableSDE):
     r"""A geometric equation with learned parts: dz = z gamma(zeta(t, z, X(t))) dt + sigma(t) z dW (Ito).
 
-    No entry of z ever changes its sign, and 0 stays 0. In the pure mode `sdeflow.solve` walks x = log(z / z(0)) instead,
+    No entry of z ever changes its sign, and 0 stays 0. In the pure mode `sdeflow.solve` walks x = log(z / z(0))
+    instead,
 
         dx = (gamma - sigma^2 / 2) dt + sigma dW,    z = z(0) exp(x),
 

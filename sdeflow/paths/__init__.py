@@ -1,5 +1,10 @@
 """What drives an equation: Brownian motion on a grid, and controls made of data."""
 
-from ._controls import LinearControl as LinearControl
-from ._controls import linear_control as linear_control
+from ._controls import AbstractControl as AbstractControl
 from ._grid_brownian import GridBrownian as GridBrownian
+from ._hermite_control import HermiteControl as HermiteControl
+from ._hermite_control import hermite_control as hermite_control
+from ._linear_control import LinearControl as LinearControl
+from ._linear_control import linear_control as linear_control
+from ._rectilinear_control import RectilinearControl as RectilinearControl
+from ._rectilinear_control import rectilinear_control as rectilinear_control

@@ -1,13 +1,11 @@
-"""Data as a path: observations with gaps, filled in and joined by straight lines.
+"""Data as a path: what the controls made of observations share.
 
-    X(t) = x_i + (t - t_i) / (t_{i+1} - t_i) (x_{i+1} - x_i),    t_i <= t <= t_{i+1}
-
-A missing value is interpolated in time between the observed neighbours of its own channel. Everything that
-needs to look around is done when the path is built, with one cumulative scan and no loop over time, so a
-path can be built and evaluated under ``jit``, ``vmap`` and ``grad``.
+A control is built once from times and values in which NaN means missing. Everything that needs to look around is done
+then, with cumulative scans and no loop over time, so a path can be built and evaluated under ``jit``, ``vmap`` and
+``grad``. The controls differ in how they fill gaps and in what they draw between two knots.
 """
 
-import functools
+import abc
 from typing import Any, Literal
 
 import diffrax
@@ -15,16 +13,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._compat import is_concrete
+
+Extrapolate = Literal["error", "flat"]
 
 _ULPS = 8  # Solvers reach the ends of a path through sums that round; this far beyond an end is still the end.
 _COMPARE_ALL = 256  # Up to this many knots, one comparison with all is better than a search loop in a loop.
 
 
-class LinearControl(diffrax.AbstractPath):
-    """A piecewise linear path through observations; built by `linear_control`.
+class AbstractControl(diffrax.AbstractPath):
+    """A path through observations; built by `linear_control`, `hermite_control` or `rectilinear_control`.
 
     Arguments:
         times: shape (L,), increasing; repeats of the last time are padding.
@@ -36,7 +36,15 @@ class LinearControl(diffrax.AbstractPath):
     times: Float[Array, " L"]
     knots: Float[Array, "L C"]
     last: Int[Array, ""]
-    extrapolate: Literal["error", "flat"] = eqx.field(static=True)
+    extrapolate: Extrapolate = eqx.field(static=True)
+
+    @abc.abstractmethod
+    def _value(self, t: Float[Array, ""], left: bool) -> Float[Array, " C"]:
+        """X at a time, the ends held outside the times; or the limit from the left."""
+
+    @abc.abstractmethod
+    def _slope(self, t: Float[Array, ""], left: bool) -> Float[Array, " C"]:
+        """The derivative at a time, from the left or from the right, within the times."""
 
     @property
     def t0(self) -> Float[Array, ""]:
@@ -70,17 +78,16 @@ class LinearControl(diffrax.AbstractPath):
         Arguments:
             t0: a scalar time.
             t1: a scalar time, or None.
-            left: not used, since the path is continuous.
+            left: where the path jumps, whether to give the limit from the left; of no effect where it is continuous.
 
         Raises:
             ValueError: for a time that is not a scalar, or a concrete one outside the times of a concrete
                 path with ``extrapolate="error"``; inside a trace such a time gives NaN.
         """
-        del left
         if t1 is not None:
-            return self.evaluate(t1) - self.evaluate(t0)
+            return self.evaluate(t1, left=left) - self.evaluate(t0, left=left)
         t, inside = self._query(t0)
-        return jnp.where(inside, _value(self.times, self.knots, self.last, t), jnp.nan)
+        return jnp.where(inside, self._value(t, left), jnp.nan)
 
     def derivative(self, t: Any, left: bool = True) -> Float[Array, " C"]:
         """The slope of X at ``t``: at a knot that of the piece before it, or after it with ``left=False``.
@@ -92,7 +99,7 @@ class LinearControl(diffrax.AbstractPath):
             ValueError: as for `evaluate`.
         """
         t, inside = self._query(t)
-        slope = _slope(self.times, self.knots, self.last, t, side="left" if left else "right")
+        slope = self._slope(t, left)
         if self.extrapolate == "flat":
             slope = jnp.where((t < self.t0) | (t > self.t1), 0, slope)
         return jnp.where(inside, slope, jnp.nan)
@@ -124,41 +131,15 @@ def _slack(dtype: Any) -> float:
     return _ULPS * float(jnp.finfo(dtype).eps)
 
 
-def linear_control(
-    times: Float[Array | np.ndarray, " L"],
-    values: Float[Array | np.ndarray, "L C"],
-    *,
-    extrapolate: Literal["error", "flat"] = "error",
-) -> LinearControl:
-    """The straight-line path through observations, NaN meaning missing.
+# Reading what the user gave.
 
-    A gap is filled by interpolation between the observed neighbours in the same channel; before the first and
-    after the last observation of a channel it holds that value; a channel without any observation is 0. Rows
-    that repeat the last time are padding, whatever their values, and change no result in a single bit.
 
-    Arguments:
-        times: shape (L,), strictly increasing except for repeats of the last time.
-        values: shape (L, C), NaN where missing. Integers are read as floats.
-        extrapolate: "error" refuses times outside the data (see below), "flat" holds the first and last
-            values.
-
-    Returns:
-        A ``diffrax.AbstractPath`` with ``.evaluate``, ``.derivative``, ``.at``, ``.knots``, ``.t0`` and
-        ``.t1``. Between two knots it looks ahead to the later one; at the knots themselves it is causal
-        wherever nothing is missing.
+def read_observations(times: Any, values: Any, extrapolate: Any) -> tuple[Float[Array, " L"], Float[Array, "L C"]]:
+    """The arrays as floats, after every check that all controls make.
 
     Raises:
-        ValueError: for shapes that disagree, no rows, an unknown ``extrapolate``, and, if the arrays are
-            concrete, times that are not finite or not increasing in their precision, or infinite values.
-            Inside a trace, times that fall give a path of NaN, and so does with ``extrapolate="error"`` a
-            query outside the data by more than 8 units in the last place.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from sdeflow.paths import linear_control
-        >>> path = linear_control(jnp.array([0.0, 1.0, 3.0]), jnp.array([[0.0], [jnp.nan], [6.0]]))
-        >>> path.evaluate(1.0).tolist(), path.evaluate(1.0, 2.5).tolist(), path.derivative(0.5).tolist()
-        ([2.0], [3.0], [2.0])
+        ValueError: for shapes that disagree, no rows, an unknown ``extrapolate``, and, if the arrays are concrete,
+            times that are not finite or not increasing in their precision, or infinite values.
     """
     if extrapolate not in ("error", "flat"):
         raise ValueError(f'extrapolate must be "error" or "flat", got {extrapolate!r}.')
@@ -172,8 +153,7 @@ def linear_control(
     if is_concrete(values) and np.isinf(values).any():
         row, channel = (int(x) for x in np.argwhere(np.isinf(values))[0])
         raise ValueError(f"values[{row}, {channel}] is {values[row, channel]}; use NaN for a missing value.")
-    knots, last = _fill(times, values)
-    return LinearControl(times, knots, last, extrapolate)
+    return times, values
 
 
 def _floating(x: Any) -> Array:
@@ -201,58 +181,64 @@ def _check_times(times: np.ndarray) -> None:
         )
 
 
-# Jitted, so that a path built or read eagerly costs one small compilation, not one for each operation.
+# Filling gaps. Jitted, so that a path built or read eagerly costs one small compilation, not one per operation.
+
+
+def observed(times: Float[Array, " L"], values: Float[Array, "L C"]) -> Bool[Array, "L C"]:
+    """Which values are observations: neither missing nor in the padding."""
+    fresh = jnp.concatenate([jnp.ones(1, bool), jnp.diff(times) > 0])[:, None]
+    return ~jnp.isnan(values) & fresh
+
+
+def latest(seen: Bool[Array, "L M"]) -> Int[Array, "L M"]:
+    """The number of the last row up to each in which a value was observed, or -1."""
+    rows = jnp.arange(seen.shape[0])[:, None]
+    return jax.lax.associative_scan(jnp.maximum, jnp.where(seen, rows, -1), axis=0)
+
+
+def finish(times: Float[Array, " L"], knots: Float[Array, "L C"]) -> tuple[Float[Array, "L C"], Int[Array, ""]]:
+    """The knots, NaN if the times do not rise, and the index of the last real row."""
+    rising = jnp.all(jnp.diff(times) >= 0) & jnp.isfinite(times[-1])
+    return jnp.where(rising, knots, jnp.nan), jnp.sum(times < times[-1])
 
 
 @jax.jit
-def _fill(times: Float[Array, " L"], values: Float[Array, "L C"]) -> tuple[Float[Array, "L C"], Int[Array, ""]]:
-    """Values with every gap filled, and the index of the last real row.
-
-    A running maximum of row numbers finds the observed neighbours of every entry.
-    """
+def fill_between(times: Float[Array, " L"], values: Float[Array, "L C"]) -> tuple[Float[Array, "L C"], Int[Array, ""]]:
+    """Every gap filled by interpolation in time between the observed neighbours in the same channel."""
     count, channels = values.shape
-    fresh = jnp.concatenate([jnp.ones(1, bool), jnp.diff(times) > 0])[:, None]
-    seen = ~jnp.isnan(values) & fresh
+    seen = observed(times, values)
     values = jnp.where(seen, values, 0)
     # Both directions in one scan; on CPU this form takes a fifth of the time of cummax and cummin.
-    both = jnp.concatenate([seen, seen[::-1]], axis=1)
-    latest = jax.lax.associative_scan(jnp.maximum, jnp.where(both, jnp.arange(count)[:, None], -1), axis=0)
-    before, after = latest[:, :channels], count - 1 - latest[::-1, channels:]
+    both = latest(jnp.concatenate([seen, seen[::-1]], axis=1))
+    before, after = both[:, :channels], count - 1 - both[::-1, channels:]
     lower, upper = jnp.where(before >= 0, before, after), jnp.where(after < count, after, before)
     # A channel that was never observed has a neighbour on neither side; its values are all 0 by now.
     pair = jnp.clip(jnp.stack([lower, upper]), 0, count - 1)
     (x0, x1), (t0, t1) = values[pair, jnp.arange(channels)], times[pair]
     gap = t1 - t0
     weight = jnp.where(gap > 0, (times[:, None] - t0) / jnp.where(gap > 0, gap, 1), 0)
-    knots = jnp.where(seen, values, x0 + weight.astype(values.dtype) * (x1 - x0))
-    rising = jnp.all(jnp.diff(times) >= 0) & jnp.isfinite(times[-1])
-    return jnp.where(rising, knots, jnp.nan), jnp.sum(times < times[-1])
+    return finish(times, jnp.where(seen, values, x0 + weight.astype(values.dtype) * (x1 - x0)))
 
 
-@jax.jit
-def _value(times, knots, last, t):
-    (left_time, right_time), (left_knot, right_knot) = _segment(times, knots, last, t, side="right")
-    gap = right_time - left_time
-    weight = jnp.where(gap > 0, (t - left_time) / jnp.where(gap > 0, gap, 1), 0)
-    # Outside the data the weight is a constant, so no derivative in the times arises there.
-    weight = jnp.where(t > times[-1], 1, jnp.where(t < times[0], 0, weight)).astype(knots.dtype)
-    step = right_knot - left_knot
-    # Measured from the nearer knot, so that both knots are met to the last bit.
-    return jnp.where(weight < 0.5, left_knot + weight * step, right_knot - (1 - weight) * step)
+# Finding the piece of a query.
 
 
-@functools.partial(jax.jit, static_argnames="side")
-def _slope(times, knots, last, t, side):
-    (left_time, right_time), (left_knot, right_knot) = _segment(times, knots, last, t, side)
-    gap = (right_time - left_time).astype(knots.dtype)
-    return jnp.where(gap > 0, (right_knot - left_knot) / jnp.where(gap > 0, gap, 1), 0)
+def piece(
+    times: Float[Array, " L"], last: Int[Array, ""], t: Float[Array, ""], side: Literal["left", "right"]
+) -> Int[Array, ""]:
+    """The number of the piece, between two real knots, that holds ``t`` or, of those outside, is nearest."""
+    return jnp.clip(rows_up_to(times, t, side) - 1, 0, jnp.maximum(last - 1, 0))
 
 
-def _segment(times, knots, last, t, side):
-    """Times (2,) and values (2, C) of the two knots around ``t``, never of the padding."""
+def rows_up_to(times: Float[Array, " L"], t: Float[Array, ""], side: Literal["left", "right"]) -> Int[Array, ""]:
+    """How many of the times, padding included, are at most ``t``; or less than ``t``, with "left"."""
     method = "compare_all" if times.shape[0] <= _COMPARE_ALL else "scan"
-    i = jnp.searchsorted(*jax.lax.stop_gradient((times, t)), side=side, method=method) - 1
-    i = jnp.clip(i, 0, jnp.maximum(last - 1, 0))
-    # One gather for the pair: in reverse mode XLA may merge two, in an order that depends on the padding.
-    pair = jnp.stack([i, jnp.minimum(i + 1, last)])
-    return times[pair], knots[pair]
+    return jnp.searchsorted(*jax.lax.stop_gradient((times, t)), side=side, method=method)
+
+
+def fraction(times: Float[Array, " L"], t: Float[Array, ""], ends: Any, dtype: Any) -> Float[Array, ""]:
+    """Where ``t`` lies between the two ends of its piece, from 0 to 1."""
+    gap = ends[1] - ends[0]
+    weight = jnp.where(gap > 0, (t - ends[0]) / jnp.where(gap > 0, gap, 1), 0)
+    # Outside the data the weight is a constant, so no derivative in the times arises there.
+    return jnp.where(t > times[-1], 1, jnp.where(t < times[0], 0, weight)).astype(dtype)

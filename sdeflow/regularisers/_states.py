@@ -87,8 +87,8 @@ class JacobianFrobenius(AbstractStateRegulariser):
 class PathKL(AbstractStateRegulariser):
     r"""int |u(t, y)|^2 / 2 dt with u = (f - prior) / g, f the drift of the solution and g its diagonal diffusion.
 
-    By Girsanov's theorem its mean over paths is the Kullback-Leibler divergence, in nats, of the law of the solution from
-    that of the equation with drift ``prior``, the same diffusion and the same start.
+    By Girsanov's theorem its mean over paths is the Kullback-Leibler divergence, in nats, of the law of the solution
+    from that of the equation with drift ``prior``, the same diffusion and the same start.
 
     Arguments:
         prior: ``prior(t, y, args)``, another drift.
@@ -114,7 +114,9 @@ class PathKL(AbstractStateRegulariser):
 
     def rate(self, drift: Any, t: Any, y: PyTree, drawn: Any) -> Array:
         """|u|^2 / 2."""
-        gap = jtu.tree_map(lambda f, h, g: (f - h) / g, drift(t, y), self.prior(t, y, self.args), self.diffusion(t, y, self.args))
+        gap = jtu.tree_map(
+            lambda f, h, g: (f - h) / g, drift(t, y), self.prior(t, y, self.args), self.diffusion(t, y, self.args)
+        )
         return _square(gap) / 2
 
 

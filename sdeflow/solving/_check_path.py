@@ -8,7 +8,7 @@ import numpy as np
 
 from .._compat import is_concrete
 from ..grids import Grid
-from ..paths import GridBrownian, LinearControl
+from ..paths import AbstractControl, GridBrownian
 from ..paths._grid_brownian import LEVY_AREAS
 from ..walking import asks_within
 from ._choose import levy_area_for
@@ -83,15 +83,15 @@ def controls_cut_short(tree: Any, ts: Any) -> str:
     Arguments:
         tree: where controls may be, such as the arguments of the drift.
     """
-    is_control = lambda x: isinstance(x, LinearControl)
+    is_control = lambda x: isinstance(x, AbstractControl)
     for control in jtu.tree_leaves(tree, is_leaf=is_control):
         if is_control(control) and control.extrapolate == "error" and is_concrete(control.times, ts):
             low, high = float(control.t0), float(control.t1)
             times = np.asarray(ts, np.float64)
             if times.min() < low or times.max() > high:
                 return (
-                    f" A LinearControl covers times from {low:g} to {high:g}, but ts runs from {times[0]:g} to "
-                    f'{times[-1]:g}: use extrapolate="flat" to hold its ends.'
+                    f" A {type(control).__name__} covers times from {low:g} to {high:g}, but ts runs from "
+                    f'{times[0]:g} to {times[-1]:g}: use extrapolate="flat" to hold its ends.'
                 )
     return ""
 

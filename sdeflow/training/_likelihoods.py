@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._losses import Scored, observations
 from ._prediction import Prediction
-from ._rows import row_mean, row_weight
+from ._rows import row_mean
 from ._sum import AbstractPredictionLoss, Metrics
 
 
@@ -60,8 +60,8 @@ class NegativeLogLikelihood(AbstractPredictionLoss):
 class ELBO(AbstractPredictionLoss):
     r"""Minus the evidence lower bound of latent models, in nats per series: -(log p(x | z) - b KL).
 
-    ``prediction.outputs`` and ``prediction.scale`` are those of `NegativeLogLikelihood`, ``prediction.kl`` the divergence
-    of each series in nats, shape (B,). Reports "log_likelihood", "kl" and "kl_weight".
+    ``prediction.outputs`` and ``prediction.scale`` are those of `NegativeLogLikelihood`, ``prediction.kl`` the
+    divergence of each series in nats, shape (B,). Reports "log_likelihood", "kl" and "kl_weight".
 
     Arguments:
         kl_warmup: steps over which b rises linearly to 1; 0 for b = 1 from the start.
@@ -136,7 +136,7 @@ class EnergyScore(AbstractPredictionLoss):
         error = seen.error
         if error.shape[1] < 2:
             raise ValueError(
-                "EnergyScore compares samples, and the prediction has one: build the SeriesModel with num_samples=8, say."
+                "EnergyScore compares samples, and the prediction has one: build a SeriesModel with num_samples=8, say."
             )
         steps = error.ndim == 4 and self.over == "step"
         axes = (-1,) if steps else tuple(range(2, error.ndim))

@@ -59,10 +59,10 @@ class CrossEntropy(AbstractPredictionLoss):
 class MaskedMSE(AbstractPredictionLoss):
     r"""The mean squared error over what was observed, ``sum_i w_i sum_j m_ij e_ij^2 / sum_i w_i sum_j m_ij``.
 
-    ``prediction.outputs`` are compared with ``batch.targets`` where the batch has them (NaN there is missing), else with
-    ``batch.values`` where ``batch.mask`` is True, and where ``prediction.scored`` is if the model says what it was not
-    shown. Both must have the same shape, (B, ...); outputs of several samples have one more axis after the first, and
-    then the error is the mean over the samples. A batch in which nothing is observed costs 0.
+    ``prediction.outputs`` are compared with ``batch.targets`` where the batch has them (NaN there is missing), else
+    with ``batch.values`` where ``batch.mask`` is True, and where ``prediction.scored`` is if the model says what it
+    was not shown. Both must have the same shape, (B, ...); outputs of several samples have one more axis after the
+    first, and then the error is the mean over the samples. A batch in which nothing is observed costs 0.
 
     For samples of a stochastic model the mean square error is smallest where they do not vary at all; `EnergyScore` and
     `NegativeLogLikelihood` are for those.

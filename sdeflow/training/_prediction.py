@@ -17,8 +17,8 @@ class Prediction(eqx.Module):
         penalties: a dict from the class name of each regulariser that was passed in to its cost, shape () or
             (B,).
         result: how the solve ended (members of `sdeflow.RESULTS`, shape () or (B,)), or None.
-        scored: which entries of ``batch.values`` are to be compared with the outputs, shape (B, L, C); None for all that
-            was observed.
+        scored: which entries of ``batch.values`` are to be compared with the outputs, shape (B, L, C); None for all
+            that was observed.
         scale: the standard deviation of an observation given its output, of a shape that broadcasts to (B, L, C), or
             None.
 

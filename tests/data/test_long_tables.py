@@ -78,6 +78,30 @@ def test_refuses(frame):
         read({name: column[:0] for name, column in TABLE.items()})
 
 
+@pytest.mark.parametrize("frame", FRAMES)
+def test_what_belongs_to_a_whole_series(frame):
+    table = TABLE | {"age": [40, 71, 40, 71, 5], "dose": [0.5, 1.5, 0.5, 1.5, 2.5], "stay": [3, 9, 3, 9, 1]}
+    read = lambda table, **options: TimeSeries.from_long(
+        frame(table), id="who", time="hour", values="count", **{"targets": "stay", "static": ["age", "dose"], **options}
+    )
+    data = read(table)
+    assert data.targets.tolist() == [[3], [9], [1]]
+    assert data.static.tolist() == [[40, 0.5], [71, 1.5], [5, 2.5]]
+    assert read(table, targets=None, static=[]).static is None
+    with pytest.raises(
+        ValueError, match=r"'age' changes within series 'a', from 71 to 72 in row 3; list it in values="
+    ):
+        read(table | {"age": [40, 71, 40, 72, 5]})
+    with pytest.raises(ValueError, match="'age' changes within series 'a', from 71 to nan in row 3"):
+        read(table | {"age": [40, 71, 40, None, 5]})
+    with pytest.raises(ValueError, match="static of series 'c', column 0, is nan"):
+        read(table | {"age": [40, 71, 40, 71, None]})
+    with pytest.raises(TypeError, match="Column 'ill': values must be real numbers"):
+        read(table, static="ill")
+    with pytest.raises(ValueError, match="no column 'weight'"):
+        read(table, targets="weight")
+
+
 def test_integer_ids_are_plain_integers():
     data = TimeSeries.from_long(
         {"who": np.array([7, 7, 3]), "t": [0, 1, 0], "x": [1, 2, 3]}, id="who", time="t", values="x"

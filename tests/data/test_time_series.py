@@ -359,3 +359,31 @@ def test_split_sizes():
         data[0].split(0.5, key=jax.random.key(0))
     with pytest.raises(ValueError, match="leaves one part"):
         TimeSeries.from_arrays([[0]] * 2, [[1]] * 2, labels=[0, 1]).split(0.1, key=jax.random.key(0))
+
+
+@few
+@given(seed=st.integers(0, 999), weights=st.lists(st.floats(0.5, 2.0), min_size=2, max_size=4))
+def test_a_split_into_several_parts(seed, weights):
+    times, values = ragged(40, seed=seed)
+    labels = np.random.default_rng(seed).integers(0, 2, 40)
+    data = TimeSeries.from_arrays(times, values, labels=labels)
+    shares = np.array(weights) / sum(weights)
+    key = jax.random.key(seed)
+    parts = data.split(shares, key=key)
+    assert sorted(i for part in parts for i in part.ids) == list(range(40))
+    for part, share in zip(parts, shares):
+        # Each cut rounds once.
+        assert abs(len(part) - 40 * share) <= len(shares)
+        assert set(part.labels.tolist()) == set(labels.tolist()) or len(part) < 4
+    order = np.random.default_rng(seed + 1).permutation(40)
+    assert [set(part.ids) for part in data[order].split(shares, key=key)] == [set(part.ids) for part in parts]
+    # The first part is the same as that of a split in two.
+    assert data.split(float(shares[0]), key=key)[0].ids == parts[0].ids
+
+
+def test_shares_that_are_none(data):
+    for shares in ([0.5, 0.6], [1.0], [], [0.5, 0.5, 0.0], [-0.5, 1.5], [NAN, 0.5]):
+        with pytest.raises(ValueError, match="positive and add up to 1"):
+            data.split(shares, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="at least 3 series, got 2"):
+        data[:2].split([0.2, 0.4, 0.4], key=jax.random.key(0))

@@ -83,7 +83,8 @@ def test_rows_without_observations_do_not_change_what_the_encoder_says():
     more, _ = data.with_times([4.999])
     for i in range(3):
         one, two = (
-            model.encode(jnp.asarray(d.times[i], jnp.float32), jnp.asarray(d.values[i], jnp.float32)) for d in (data, more)
+            model.encode(jnp.asarray(d.times[i], jnp.float32), jnp.asarray(d.values[i], jnp.float32))
+            for d in (data, more)
         )
         np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
         for t in np.linspace(data.times[i][0], data.times[i][-1], 7)[:-1]:
@@ -111,7 +112,14 @@ def test_samples_have_their_shapes_and_gradients_are_finite(kind):
     assert model.impute(data, [4.9], 4, key=KEY, noise=False).shape == (6, 4, 1, 2)
     assert model.sample(np.linspace(0, 1, 5), 7, key=KEY).shape == (7, 5, 2)
     result = sf.fit(
-        model, data, sf.losses.ELBO(kl_warmup=10), optim=optax.adam(1e-2), steps=40, batch_size=6, key=KEY, progress=False
+        model,
+        data,
+        sf.losses.ELBO(kl_warmup=10),
+        optim=optax.adam(1e-2),
+        steps=40,
+        batch_size=6,
+        key=KEY,
+        progress=False,
     )
     loss = result.history["loss"]
     assert np.isfinite(loss).all()

@@ -107,7 +107,10 @@ def test_linear_noise_draws_two_solutions_together_at_the_known_rate():
     sde = with_parts(NeuralLinearNoiseSDE, lambda t, z: -z + jnp.sin(3 * t), 0.5)
     h, steps, count = 0.005, 400, 4096
     gaps = [
-        np.asarray(paths(sde, jnp.array([1.0]), steps * h, h, count, seed) - paths(sde, jnp.array([1.3]), steps * h, h, count, seed))
+        np.asarray(
+            paths(sde, jnp.array([1.0]), steps * h, h, count, seed)
+            - paths(sde, jnp.array([1.3]), steps * h, h, count, seed)
+        )
         for seed in range(8)
     ]
     square = np.array([float((gap**2).mean()) for gap in gaps])
@@ -188,9 +191,7 @@ def test_what_leaves_the_floats_is_held_and_counted():
 def test_events_and_saved_functions_of_the_geometric_class_see_its_state():
     sde = with_parts(NeuralGeometricSDE, lambda t, z: jnp.full(1, 1.0), 1e-6)
     above = diffrax.Event(lambda t, y, args, **kwargs: y[0] > 2.0)
-    sol = sf.solve(
-        sde, jnp.ones(1), [0.0, 2.0], dt0=0.01, key=jr.key(0), event=above, save_fn=lambda t, y, args: y**2
-    )
+    sol = sf.solve(sde, jnp.ones(1), [0.0, 2.0], dt0=0.01, key=jr.key(0), event=above, save_fn=lambda t, y, args: y**2)
     np.testing.assert_allclose(sol.final, 2.0, rtol=0.02)
     np.testing.assert_allclose(sol.ys[0], [1.0], rtol=1e-6)
 
@@ -215,9 +216,11 @@ def test_no_class_explodes_at_random_initial_weights(kind, h):
 
 def test_the_known_bad_diffusion_explodes_as_often_as_it_should():
     cubic = sf.SDE(lambda t, z, args: -z, lambda t, z, args: z**3)
-    run = lambda key: sf.solve(
-        cubic, jr.normal(jr.fold_in(key, 1), (1,)), [0.0, 5.0], dt0=0.05, solver=EULER, key=key, throw=False
-    ).final
+    run = lambda key: (
+        sf.solve(
+            cubic, jr.normal(jr.fold_in(key, 1), (1,)), [0.0, 5.0], dt0=0.05, solver=EULER, key=key, throw=False
+        ).final
+    )
     lost = ~np.isfinite(np.asarray(jax.jit(jax.vmap(run))(jr.split(jr.key(6), 20000))))
     assert abs(lost.mean() - 0.080) < 5 * np.sqrt(0.08 * 0.92 / 20000) + 0.002
 
@@ -242,7 +245,9 @@ def test_a_controlled_equation_is_driven_by_every_increment():
     cde = NeuralCDE(2, control_size=1, width=4, key=jr.key(0))
     ts = jnp.array([0.0, 0.2, 1.0])
     values = jnp.array([[0.0], [1.0], [-1.0]])
-    end = lambda values: sf.solve(cde, jnp.ones(2), ts, args=linear_control(ts, values), solver=diffrax.Midpoint()).final
+    end = lambda values: (
+        sf.solve(cde, jnp.ones(2), ts, args=linear_control(ts, values), solver=diffrax.Midpoint()).final
+    )
     slopes = jax.jacrev(end)(values)
     assert bool((jnp.abs(slopes).max(axis=(0, 2)) > 1e-3).all())
     # A constant matrix gives its product with the increment of (t, X).

@@ -1,4 +1,4 @@
-"""The linear control against NumPy's interpolation, diffrax's and finite differences; padding bitwise."""
+"""What all controls share: padding bitwise, batches, gradients, refusals; and straight lines against NumPy's."""
 
 import diffrax
 import equinox as eqx
@@ -9,9 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdeflow.paths._controls import linear_control
+import sdeflow as sf
+from sdeflow.paths import AbstractControl, hermite_control, linear_control, rectilinear_control
 
 TIMES = np.array([0.0, 0.3, 0.4, 1.0, 1.7], np.float32)
+MAKERS = [linear_control, hermite_control, rectilinear_control]
+SMOOTH = MAKERS[:2]
+every = pytest.mark.parametrize("make", MAKERS)
 
 
 def reference(times, values, t):
@@ -59,9 +63,12 @@ def test_equals_channelwise_interpolation(seed, length, fractions):
         np.testing.assert_allclose(x, reference(times, values, t), rtol=2e-5, atol=2e-5)
 
 
-def test_knots_are_met_to_the_last_bit():
+@every
+def test_knots_are_met_to_the_last_bit(make):
     values = some_values(3, missing=0.0)
-    path = linear_control(TIMES, values)
+    path = make(TIMES, values)
+    assert isinstance(path, AbstractControl)
+    assert isinstance(path, diffrax.AbstractPath)
     for t, x in zip(TIMES, values):
         np.testing.assert_array_equal(path.evaluate(t), x)
     np.testing.assert_array_equal(path.at(np.arange(5)), values)
@@ -96,28 +103,68 @@ def test_derivative_at_the_end_sees_the_last_piece():
     assert float(jax.jvp(path.evaluate, (jnp.float32(3.0),), (jnp.float32(1.0),))[1][0]) == 0.5
 
 
-def test_all_missing_channel_is_zero_and_ends_are_held():
+@every
+def test_all_missing_channel_is_zero_and_ends_are_held(make):
     values = np.array([[np.nan, np.nan], [1.0, np.nan], [np.nan, np.nan]])
-    path = linear_control(np.array([0.0, 1.0, 2.0]), values)
-    np.testing.assert_array_equal(path.knots, [[1.0, 0.0]] * 3)
+    path = make(np.array([0.0, 1.0, 2.0]), values)
+    first = 0.0 if make is rectilinear_control else 1.0
+    np.testing.assert_array_equal(path.knots, [[first, 0.0], [1.0, 0.0], [1.0, 0.0]])
 
 
-def test_single_observation():
-    path = linear_control(np.array([2.0]), np.array([[5.0, np.nan]]))
+@every
+def test_a_missing_channel_changes_no_other(make):
+    values = some_values(9)
+    wider = np.insert(values, 1, np.nan, axis=1)
+    queries = np.linspace(0, 1.7, 23, dtype=np.float32)
+    ours, theirs = (jax.vmap(make(TIMES, x).evaluate)(queries) for x in (values, wider))
+    np.testing.assert_array_equal(theirs[:, [0, 2, 3]], ours)
+    np.testing.assert_array_equal(theirs[:, 1], 0)
+
+
+@every
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 999), scale=st.floats(1e-3, 1e3), shift=st.floats(-100, 100))
+def test_an_affine_map_of_time_moves_the_path_along(make, seed, scale, shift):
+    with jax.enable_x64(True):
+        times, values = TIMES.astype(np.float64), some_values(seed).astype(np.float64)
+        path, moved = (_of_times(make, t, values) for t in (times, scale * times + shift))
+        # Not at the knots, where a path of steps may fall on either side of a rounding.
+        queries = np.append((times[1:] + times[:-1]) / 2, times[:-1] + 1e-3)
+        np.testing.assert_allclose(_at(moved, scale * queries + shift), _at(path, queries), rtol=1e-8, atol=1e-8)
+
+
+_of_times = eqx.filter_jit(lambda make, times, values: make(times, values))
+_at = eqx.filter_jit(lambda path, queries: jax.vmap(path.evaluate)(queries))
+
+
+@every
+def test_single_observation(make):
+    path = make(np.array([2.0]), np.array([[5.0, np.nan]]))
     np.testing.assert_array_equal(path.evaluate(2.0), [5.0, 0.0])
-    np.testing.assert_array_equal(path.derivative(2.0), [0.0, 0.0])
-    gradient = jax.grad(lambda t, x: linear_control(t, x).evaluate(2.0).sum(), argnums=(0, 1))
+    if make is not rectilinear_control:
+        np.testing.assert_array_equal(path.derivative(2.0), [0.0, 0.0])
+    gradient = jax.grad(lambda t, x: make(t, x).evaluate(2.0).sum(), argnums=(0, 1))
     assert all(np.isfinite(g).all() for g in gradient(np.array([2.0]), np.array([[5.0, np.nan]])))
 
 
-@pytest.mark.parametrize(("count", "filler"), [(1, np.nan), (7, np.nan), (7, 3.0), (7, 0.0), (300, np.nan)])
-@pytest.mark.parametrize("name", ["evaluate", "derivative"])
-def test_padding_is_invisible_bitwise(name, count, filler):
+PADDINGS = [(1, np.nan), (7, np.nan), (7, 3.0), (7, 0.0), (300, np.nan)]
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "count", "filler"),
+    [
+        *((linear_control, name, *padding) for name in ("evaluate", "derivative") for padding in PADDINGS),
+        *((hermite_control, name, *padding) for name in ("evaluate", "derivative") for padding in PADDINGS[1::2]),
+        (hermite_control, "evaluate", 300, np.nan),
+        *((rectilinear_control, "evaluate", *padding) for padding in PADDINGS[1:]),
+    ],
+)
+def test_padding_is_invisible_bitwise(make, name, count, filler):
     values = some_values(1)
     queries = np.concatenate([np.linspace(0, 1.7, 9, dtype=np.float32), TIMES])
 
     def loss(times, values, queries):
-        x = jax.vmap(getattr(linear_control(times, values), name))(queries)
+        x = jax.vmap(getattr(make(times, values), name))(queries)
         return jnp.sin(x).sum(), x
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -129,29 +176,32 @@ def test_padding_is_invisible_bitwise(name, count, filler):
         assert np.isfinite(mine).all()
         np.testing.assert_array_equal(mine, theirs[: len(mine)])
         np.testing.assert_array_equal(theirs[len(mine) :], 0)
-    assert np.abs(by_times).max() > 0
+    # A path of steps does not move with a small change of its times.
+    assert (np.abs(by_times).max() > 0) == (make is not rectilinear_control)
     assert np.abs(by_values).max() > 0
 
 
-def test_vmap_over_a_padded_batch_equals_the_loop():
+@every
+def test_vmap_over_a_padded_batch_equals_the_loop(make):
     lengths = [2, 5, 3]
     series = [(TIMES[:n], some_values(n, n)) for n in lengths]
     batch = [pad(t, x, 5 - len(t), np.nan) for t, x in series]
     times, values = (np.stack(part) for part in zip(*batch))
 
     def run(times, values):
-        path = linear_control(times, values)
+        path = make(times, values)
         return jax.vmap(lambda s: path.evaluate(path.t0 + s * (path.t1 - path.t0)))(jnp.linspace(0, 1, 6))
 
     together = jax.jit(jax.vmap(run))(times, values)
     for row, (t, x) in zip(together, series):
         np.testing.assert_array_equal(row, jax.jit(run)(t, x))
-    paths = jax.vmap(linear_control)(times, values)
+    paths = jax.vmap(make)(times, values)
     assert paths.knots.shape == values.shape
     assert jax.vmap(lambda p: p.evaluate(p.t1))(paths).shape == (3, 3)
 
 
-def test_gradients_match_finite_differences():
+@every
+def test_gradients_match_finite_differences(make):
     with jax.enable_x64(True):
         values = some_values(5).astype(np.float64)
         times = TIMES.astype(np.float64)
@@ -159,8 +209,9 @@ def test_gradients_match_finite_differences():
 
         @jax.jit
         def loss(times, values, t):
-            path = linear_control(times, values)
-            return jnp.sum(jnp.sin(path.evaluate(t))) + jnp.sum(path.derivative(t) ** 2)
+            path = make(times, values)
+            slope = 0.0 if make is rectilinear_control else path.derivative(t)
+            return jnp.sum(jnp.sin(path.evaluate(t))) + jnp.sum(slope**2)
 
         t = 0.77
         by_times, by_values, by_t = jax.grad(loss, argnums=(0, 1, 2))(times, values, t)
@@ -179,22 +230,38 @@ def test_gradients_match_finite_differences():
         np.testing.assert_allclose(by_t, expected, rtol=1e-6)
 
 
-def test_out_of_range():
+@every
+def test_out_of_range(make):
     values = some_values(6)
-    strict, flat = linear_control(TIMES, values), linear_control(TIMES, values, extrapolate="flat")
+    strict, flat = make(TIMES, values), make(TIMES, values, extrapolate="flat")
     for t in (-0.1, 1.8):
         with pytest.raises(ValueError, match=r'outside the data.*extrapolate="flat"'):
             strict.evaluate(t)
+        assert np.isnan(eqx.filter_jit(strict.evaluate)(jnp.float32(t))).all()
+        early = np.zeros(3) if make is rectilinear_control else flat.knots[0]
+        np.testing.assert_array_equal(flat.evaluate(t), early if t < 0 else flat.knots[-1])
+        if make is rectilinear_control:
+            continue
         with pytest.raises(ValueError, match="outside the data"):
             strict.derivative(t)
-        assert np.isnan(eqx.filter_jit(strict.evaluate)(jnp.float32(t))).all()
         assert np.isnan(eqx.filter_jit(strict.derivative)(jnp.float32(t))).all()
-        np.testing.assert_array_equal(flat.evaluate(t), flat.knots[0 if t < 0 else -1])
         np.testing.assert_array_equal(flat.derivative(t), 0)
     assert np.isnan(eqx.filter_jit(flat.evaluate)(jnp.nan)).all()
     # A solver's last stage may overshoot by rounding.
     barely = np.nextafter(TIMES[-1], np.float32(2))
     np.testing.assert_array_equal(strict.evaluate(barely), strict.knots[-1])
+
+
+@every
+def test_a_solve_beyond_the_data_says_which_control_ends(make):
+    path = make(np.array([0.0, 1.0, 2.0]), np.ones((3, 1)))
+    forced = sf.ODE(lambda t, y, control: control.evaluate(t) - y)
+    words = f'A {type(path).__name__} covers times from 0 to 2, but ts runs from 0 to 3: use extrapolate="flat"'
+    with pytest.raises(sf.SolveError, match=words):
+        sf.solve(forced, jnp.ones(1), [0.0, 1.0, 3.0], dt0=0.5, args=path)
+    held = make(path.times, path.knots, extrapolate="flat")
+    final = sf.solve(forced, jnp.ones(1), [0.0, 1.0, 3.0], dt0=0.5, args=held).final
+    np.testing.assert_allclose(final, 1.0, rtol=1e-6)
 
 
 def test_index_out_of_range():
@@ -221,30 +288,40 @@ def test_index_out_of_range():
         ([0.0, 1.0], np.zeros((2, 1), complex), "must be real"),
     ],
 )
-def test_bad_input(times, values, message):
+@every
+def test_bad_input(make, times, values, message):
     with pytest.raises(ValueError, match=message):
-        linear_control(np.array(times), values)
+        make(np.array(times), values)
 
 
-def test_bad_options():
+@every
+def test_bad_options(make):
     with pytest.raises(ValueError, match="extrapolate must be"):
-        linear_control(TIMES, some_values(0), extrapolate="linear")
+        make(TIMES, some_values(0), extrapolate="linear")
     with pytest.raises(ValueError, match=r"use jax\.vmap"):
-        linear_control(TIMES, some_values(0)).evaluate(TIMES)
+        make(TIMES, some_values(0)).evaluate(TIMES)
 
 
-def test_falling_times_in_a_trace_give_nan():
-    run = jax.jit(lambda t, x: linear_control(t, x).evaluate(t[0]))
-    assert np.isnan(run(np.array([0.0, 2.0, 1.0]), np.zeros((3, 1)))).all()
+@every
+@pytest.mark.parametrize("extrapolate", ["error", "flat"])
+def test_falling_times_in_a_trace_give_nan(make, extrapolate):
+    run = jax.jit(lambda t, x, s: make(t, x, extrapolate=extrapolate).evaluate(s))
+    for s in (0.0, -1.0):
+        assert np.isnan(run(np.array([0.0, 2.0, 1.0]), np.zeros((3, 1)), s)).all()
 
 
-def test_dtypes():
-    assert linear_control([0, 1], np.array([[1], [3]])).evaluate(0.5).tolist() == [2.0]
-    assert linear_control(TIMES, some_values(0).astype(np.float16)).knots.dtype == np.float32
+@every
+def test_dtypes(make):
+    assert make([0, 1], np.array([[1], [3]])).evaluate(0.5).tolist() == [1.0 if make is rectilinear_control else 2.0]
+    assert make(TIMES, some_values(0).astype(np.float16)).knots.dtype == np.float32
     with jax.enable_x64(True):
-        assert linear_control(TIMES, some_values(0).astype(np.float64)).evaluate(0.1).dtype == np.float64
-    with jax.numpy_dtype_promotion("strict"):
-        linear_control(TIMES, some_values(0)).evaluate(np.float32(0.2))
+        assert make(TIMES, some_values(0).astype(np.float64)).evaluate(0.1).dtype == np.float64
+        assert make(TIMES.astype(np.float64), some_values(0)).evaluate(0.1).dtype == np.float32
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        path = make(TIMES, some_values(0))
+        path.evaluate(np.float32(0.2))
+        if make is not rectilinear_control:
+            path.derivative(np.float32(0.2))
 
 
 def test_drives_a_diffrax_solve():
@@ -266,17 +343,19 @@ def test_drives_a_diffrax_solve():
     np.testing.assert_allclose(change, path.knots[-1] - path.knots[0], rtol=1e-5, atol=1e-6)
 
 
-def test_no_loop_and_no_callback_in_the_program():
-    lowered = jax.jit(lambda t, x, s: linear_control(t, x).evaluate(s)).lower(TIMES, some_values(0), 0.3).as_text()
+@every
+def test_no_loop_and_no_callback_in_the_program(make):
+    lowered = jax.jit(lambda t, x, s: make(t, x).evaluate(s)).lower(TIMES, some_values(0), 0.3).as_text()
     assert "callback" not in lowered
     assert "while" not in lowered
 
 
-def test_one_trace_for_a_shape():
+@every
+def test_one_trace_for_a_shape(make):
     @eqx.filter_jit
     @eqx.debug.assert_max_traces(max_traces=1)
     def run(path, t):
         return path.evaluate(t)
 
     for seed in range(3):
-        run(linear_control(TIMES, some_values(seed)), jnp.float32(0.2 * seed))
+        run(make(TIMES, some_values(seed)), jnp.float32(0.2 * seed))

@@ -226,3 +226,14 @@ def test_other_values_of_state_key_and_arguments_compile_nothing_anew():
     seen = len(traces)
     run(2 * Y, jax.random.key(5), jnp.array(3.0))
     assert len(traces) == seen
+
+
+def test_negative_entries_of_a_diffusion_are_noise_of_the_other_sign():
+    """Nothing is taken for a mistake, or made positive: only the law of a diagonal is blind to signs."""
+    walk = lambda scale: sf.solve(
+        sf.SDE(lambda t, y, args: -y, lambda t, y, args: scale * jnp.array([1.0, -2.0]), additive=True),
+        jnp.ones(2), TS, dt0=0.25, key=jax.random.key(0), solver=diffrax.Euler(),
+    ).ys  # fmt: skip
+    one, other, still = walk(0.5), walk(-0.5), walk(0.0)
+    np.testing.assert_allclose(one + other, 2 * still, rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(one - other).max()) > 0.1

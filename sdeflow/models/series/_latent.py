@@ -8,7 +8,8 @@ what is to come: the posterior has drift h + g u. Then
 
     log p(x) >= E[ sum_i log p(x_i | z(t_i)) ] - KL(q(z(t_1)) || p(z(t_1))) - E int |u|^2 / 2 dt,
 
-and the last term is an integral beside the state, like every other charge for a walk. After the last observation u is 0.
+and the last term is an integral beside the state, like every other charge for a walk. After the last observation u is
+0.
 
 Sources: Li, Wong, Chen and Duvenaud, "Scalable gradients for stochastic differential equations", 2020, arXiv
 2001.01328; Rubanova, Chen and Duvenaud, "Latent ODEs for irregularly-sampled time series", 2019, arXiv 1907.03907.
@@ -22,11 +23,9 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..._results import is_okay
 from ...data import SeriesBatch, TimeSeries
 from ...equations import AbstractEquation
 from ...regularisers import PathKL
@@ -57,7 +56,9 @@ class AbstractLatentModel(eqx.Module):
         if decoder not in ("network", "identity"):
             raise ValueError(f'decoder must be "network" or "identity", got {decoder!r}.')
         if decoder == "identity" and channels != latent_size:
-            raise ValueError(f"The identity decodes channels={channels} only from as many latent numbers, not {latent_size}.")
+            raise ValueError(
+                f"The identity decodes channels={channels} only from as many latent numbers, not {latent_size}."
+            )
         if not 0 < noise < float("inf"):
             raise ValueError(f"noise must be positive and finite, got {noise!r}.")
         if not isinstance(solver, diffrax.AbstractSolver):
@@ -124,9 +125,7 @@ class AbstractLatentModel(eqx.Module):
         call = lambda batch, rows: _bounds(self, batch, key, num_samples)
         return over_series(call, check_series(series), batch_size, throw)
 
-    def sample(
-        self, ts: Any, num_samples: int, *, key: PRNGKeyArray, noise: bool = False
-    ) -> Float[Array, "S T C"]:
+    def sample(self, ts: Any, num_samples: int, *, key: PRNGKeyArray, noise: bool = False) -> Float[Array, "S T C"]:
         """Decoded paths of the prior, shape (num_samples, T, C).
 
         Arguments:
@@ -286,9 +285,9 @@ class _Charge(PathKL):
 class LatentSDE(AbstractLatentModel):
     r"""A latent stochastic equation: a prior dz = h(t, z) dt + g(z) dW, and a posterior with drift h + g u.
 
-    The posterior's u sees a summary of the observations to come, made by a gated recurrent unit that reads them backwards
-    with their times, and how long it is to the next of them; it is linear in z with coefficients of these, plus a
-    network. The noise is diagonal, g_i a function of z_i that is at least 0.001. `fit` it with
+    The posterior's u sees a summary of the observations to come, made by a gated recurrent unit that reads them
+    backwards with their times, and how long it is to the next of them; it is linear in z with coefficients of these,
+    plus a network. The noise is diagonal, g_i a function of z_i that is at least 0.001. `fit` it with
     ``sf.losses.ELBO(kl_warmup=...)``.
 
     Arguments:
@@ -469,7 +468,9 @@ def _observed_times(times: Array, some: Array) -> tuple[Array, Array, Array]:
 
 
 def _fields(batch: SeriesBatch) -> tuple[Array, Array, Array]:
-    return jnp.asarray(batch.times), jnp.asarray(batch.values), jnp.asarray(batch.ids)
+    # What was not measured, such as counts of observations, is none of a latent model's business.
+    values = jnp.where(jnp.asarray(batch.mask), jnp.asarray(batch.values), jnp.nan)
+    return jnp.asarray(batch.times), values, jnp.asarray(batch.ids)
 
 
 @eqx.filter_jit

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..._results import is_okay
 from ...data import SeriesBatch, TimeSeries
 from ...equations import AbstractEquation
-from ...paths import linear_control
+from ...paths import hermite_control, linear_control, rectilinear_control
 from ...solving import Solution, solve
 from ...training import Prediction
 from .._checks import check_size
@@ -33,7 +33,7 @@ from ._hide import hidden
 from ._ode_rnn import ODERNN
 
 _TASKS = ("classify", "forecast", "impute")
-_CONTROLS = {"linear": linear_control}
+_CONTROLS = {"linear": linear_control, "hermite": hermite_control, "rectilinear": rectilinear_control}
 
 
 class SeriesModel(eqx.Module):
@@ -41,8 +41,8 @@ class SeriesModel(eqx.Module):
 
     The first values of the (filled) series make the start of the state, the equation carries it along the series
     under the control of the observations, and the readout turns the last state into logits, or every state into what is
-    to be added to the control. The noise of a series depends on the key and the id of the series, not on the batch it is
-    in.
+    to be added to the control. The noise of a series depends on the key and the id of the series, not on the batch it
+    is in.
 
     Arguments:
         dynamics: an equation with ``state_size`` and ``control_size`` (the channels, or 0), such as
@@ -53,7 +53,8 @@ class SeriesModel(eqx.Module):
         num_outputs: K, the number of classes; for the other tasks how many of the channels are predicted, the first
             ones, all by default.
         num_static: s, static covariates that the start is made of, too.
-        control: how the observations are joined, "linear" (straight lines).
+        control: how the observations are joined: "linear" (straight lines), "hermite" (smooth, with a slope for a
+            `NeuralCDE` everywhere), or "rectilinear" (steps that never look ahead).
         solver: a diffrax solver. By default Euler, which has strong order 1 for additive noise and reads the control at
             the observations alone, and ``diffrax.Midpoint`` for a `NeuralCDE`.
         steps_per_interval: steps between two observations.
@@ -268,15 +269,23 @@ class SeriesModel(eqx.Module):
         return over_series(call, series, batch_size, throw)
 
     def _one(
-        self, times: Array, values: Array, mask: Array, length: Array, static: Any, number: Array, key: Any, charged: Any
+        self,
+        times: Array,
+        values: Array,
+        mask: Array,
+        length: Array,
+        static: Any,
+        number: Array,
+        key: Any,
+        charged: Any,
     ) -> tuple[Array, Solution, Any]:
         """Outputs, solution and what is to be scored of one series."""
         own, scored = key_of(key, number), None
         if self.task != "classify":
             own, for_hiding = jax.random.split(own)
             predicted = jnp.arange(self.channels) < self.num_outputs
-            scored = hidden(self.task, mask, length, self.hide, for_hiding)
-            values, scored = jnp.where(scored, jnp.nan, values), scored & predicted
+            hide = hidden(self.task, mask.shape, length, self.hide, for_hiding)
+            values, scored = jnp.where(hide, jnp.nan, values), hide & mask & predicted
 
         def sample(key: PRNGKeyArray) -> tuple[Array, Solution]:
             sol, control = self._walk(times, values, static, key, charged)

@@ -75,7 +75,7 @@ class ODERNN(eqx.Module):
         steps_per_interval: int = 1,
         reverse: bool = False,
     ) -> Float[Array, "L H"]:
-        """The state after each row, NaN meaning that a value was not observed; with ``reverse`` from the last to the first.
+        """The state after each row, NaN meaning that a value was not observed.
 
         Arguments:
             start: the state before the first row (or the last one).

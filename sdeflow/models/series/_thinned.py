@@ -7,6 +7,7 @@ from typing import Literal
 from jaxtyping import PRNGKeyArray
 
 from ...data import SeriesBatch, TimeSeries
+from ...data._batch import check_size
 from ...data._random import DROP, generator
 
 
@@ -51,6 +52,8 @@ class Thinned:
         """One epoch, as `sdeflow.data.TimeSeries.batches` gives it; without a key nothing is hidden."""
         if key is None:
             return self.data.batches(size)
+        # Every epoch is a data set of its own, which would warn anew of a size beyond the series there are.
+        size = check_size(size, self.data)
         share = self.at_most * generator(key, DROP).random()
         return self.data.drop_observations(share, key=key, per=self.per).batches(size, key)
 
