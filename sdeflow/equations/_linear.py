@@ -194,7 +194,9 @@ class LinearSDE(AbstractEquation):
     ) -> tuple[Float[Array, "n d"], Float[Array, "n d d"]]:
         """Means and covariances of X(ts[k]) given all observations; arguments as in `log_prob`.
 
-        A row of NaN in ``ys`` asks for the state at its time: between observations, or after them as a forecast.
+        A row of NaN in ``ys`` asks for the state at its time: between observations, or after them as a forecast. In
+        float32 the covariance before the first observation loses the digits by which an ``initial`` covariance exceeds
+        it, so a vague one should not be vaguer than it must.
 
         Example:
             >>> import jax.numpy as jnp, sdeflow as sf
