@@ -6,21 +6,29 @@ Over a time D the state is Gaussian given its start, X(s+D) | X(s) = x  ~  N(Phi
 
 They come from Taylor series at D / 2^k, doubled k times by Phi <- Phi^2, c <- c + Phi c, Q <- Q + Phi Q Phi'. Doubling
 carries Phi - 1 rather than Phi, so that short times keep all their digits in float32, and no growing exponential
-occurs for a stable A, as it does in the usual block matrix of Van Loan (1978).
+occurs for a stable A, as it does in the usual block matrix of Van Loan (1978). The stationary law of a stable A is the
+same doubling carried on until Phi is gone: it solves A P + P A' + L L' = 0 with O(d^3) work and no cancellation.
 """
 
+import functools
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from .._compat import is_concrete
 from ._equation import AbstractEquation
+from ._observed import observed
 
 _TERMS = 12  # Taylor terms; Q, whose series runs in 2 |A| D <= 1/2, leaves out less than 4e-14 of itself.
 _DOUBLINGS = 40
+# Some accelerators would round the factors of a product of float32 to half of their digits.
+_precise = functools.partial(jax.default_matmul_precision, "highest")
+_NOT_STABLE = "{} has no stationary law: pass initial=(mean, covariance), the law of the state at ts[0]."
 
 
 def _as_float(x: Any) -> Array:
@@ -80,7 +88,8 @@ class LinearSDE(AbstractEquation):
         Returns:
             Phi (d, d), c (d,), Q (d, d).
         """
-        return _transition(self.A, self.b, self.L @ self.L.T, jnp.asarray(t) - jnp.asarray(s))
+        with _precise():
+            return _transition(self.A, self.b, self.L @ self.L.T, jnp.asarray(t) - jnp.asarray(s))
 
     def bridge(self, s: Any, t: Any, u: Any) -> tuple[Array, Array, Array, Array]:
         """The law of X(t) given X(s) = x and X(u) = z, for s <= t <= u.
@@ -90,15 +99,117 @@ class LinearSDE(AbstractEquation):
         """
         phi1, c1, q1 = self.transition(s, t)
         phi2, c2, q2 = self.transition(t, u)
-        # The gain of seeing X(u): cov(X(t), X(u)) cov(X(u))^-1 given X(s). It is 0 at t = s and 1 at t = u.
-        total = phi2 @ q1 @ phi2.T + q2
-        gain = jnp.linalg.solve(total, phi2 @ q1).T
-        keep = jnp.eye(self.b.shape[0], dtype=gain.dtype) - gain @ phi2
-        # Joseph's form stays symmetric and positive near both ends.
-        covariance = keep @ q1 @ keep.T + gain @ q2 @ gain.T
-        return keep @ phi1, gain, keep @ c1 - gain @ c2, covariance
+        with _precise():
+            # The gain of seeing X(u): cov(X(t), X(u)) cov(X(u))^-1 given X(s). It is 0 at t = s and 1 at t = u.
+            total = phi2 @ q1 @ phi2.T + q2
+            gain = jnp.linalg.solve(total, phi2 @ q1).T
+            keep = jnp.eye(self.b.shape[0], dtype=gain.dtype) - gain @ phi2
+            # Joseph's form stays symmetric and positive near both ends.
+            covariance = keep @ q1 @ keep.T + gain @ q2 @ gain.T
+            return keep @ phi1, gain, keep @ c1 - gain @ c2, covariance
+
+    def stationary(self) -> tuple[Array, Array]:
+        """The law that the equation keeps and is drawn to: mean -A^-1 b, covariance P with A P + P A' + L L' = 0.
+
+        Returns:
+            The mean (d,) and P (d, d). NaN where A is traced and has no such law.
+
+        Raises:
+            ValueError: if A is known and an eigenvalue of it does not lie left of the imaginary axis.
+        """
+        if is_concrete(self.A):
+            A = np.asarray(self.A, np.float64)
+            if np.linalg.eigvals(A).real.max() >= -8 * np.finfo(np.float64).eps * np.abs(A).max():
+                raise ValueError(_NOT_STABLE.format(type(self).__name__))
+        with _precise():
+            return _stationary(self.A, self.b, self.L @ self.L.T)
+
+    def log_prob(
+        self,
+        ts: Any,
+        ys: Any,
+        mask: Any = None,
+        obs_std: Any = 0.0,
+        *,
+        observe: Any = None,
+        initial: Any = "stationary",
+        t0: Any = None,
+    ) -> Float[Array, ""]:
+        """The log density, in nats, of y_k = H X(ts[k]) + obs_std N(0, 1), by the Kalman recursion: O(n d^3).
+
+        A row that sees nothing adds nothing, and rows at the end that repeat the last time and see nothing are padding:
+        they change no bit. Use ``vmap`` for batches.
+
+        Arguments:
+            ts: shape (n,), increasing. Known times are subtracted in float64, so they may be large.
+            ys: shape (n, p), NaN where missing; (n,) will do if p is 1.
+            mask: shape (n, p) or (n,), False where a value is to be left out too.
+            obs_std: the standard deviation of the observations' noise, which broadcasts to (n, p); or (n,) if ys is.
+                0, the default, observes exactly.
+            observe: H (p, d), or a list of the p components that are seen; by default all, p = d.
+            initial: the law of X(t0), a mean (d,) and a covariance (d, d), or "stationary".
+            t0: the time of ``initial``, by default ts[0].
+
+        Returns:
+            A scalar. In a trace it is NaN for an equation without a stationary law, times that decrease, and exact
+            observations of what is known.
+
+        Raises:
+            ValueError: for shapes that disagree, times that do not increase, a negative ``obs_std``, a covariance
+                that is none, an equation without a stationary law, and a density that is not finite.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, sdeflow as sf
+            >>> ts, ys = [0.0, 0.5, 1.2, 3.0], jnp.array([0.3, 0.1, jnp.nan, -0.4])
+            >>> density = lambda theta: sf.equations.OrnsteinUhlenbeck(theta).log_prob(ts, ys, obs_std=0.1)
+            >>> round(float(density(1.0)), 4), round(float(jax.grad(density)(1.0)), 4)
+            (-1.7875, 0.9627)
+        """
+        return observed("log_prob", self, ts, ys, mask, obs_std, observe, initial, t0)
+
+    def filter(
+        self,
+        ts: Any,
+        ys: Any,
+        mask: Any = None,
+        obs_std: Any = 0.0,
+        *,
+        observe: Any = None,
+        initial: Any = "stationary",
+        t0: Any = None,
+    ) -> tuple[Float[Array, "n d"], Float[Array, "n d d"]]:
+        """Means and covariances of X(ts[k]) given the observations up to ts[k]; arguments as in `log_prob`."""
+        return observed("filter", self, ts, ys, mask, obs_std, observe, initial, t0)
+
+    def smooth(
+        self,
+        ts: Any,
+        ys: Any,
+        mask: Any = None,
+        obs_std: Any = 0.0,
+        *,
+        observe: Any = None,
+        initial: Any = "stationary",
+        t0: Any = None,
+    ) -> tuple[Float[Array, "n d"], Float[Array, "n d d"]]:
+        """Means and covariances of X(ts[k]) given all observations; arguments as in `log_prob`.
+
+        A row of NaN in ``ys`` asks for the state at its time: between observations, or after them as a forecast. In
+        float32 the covariance before the first observation loses the digits by which an ``initial`` covariance exceeds
+        it, so a vague one should not be vaguer than it must.
+
+        Example:
+            >>> import jax.numpy as jnp, sdeflow as sf
+            >>> wiener = sf.equations.BrownianMotion(1)
+            >>> known = jnp.zeros(1), jnp.zeros((1, 1))
+            >>> mean, covariance = wiener.smooth([1.0, 2.0, 3.0], [jnp.nan, 1.0, jnp.nan], initial=known, t0=0.0)
+            >>> mean[:, 0].round(4).tolist(), covariance[:, 0, 0].round(4).tolist()
+            ([0.5, 1.0, 1.0], [0.5, 0.0, 1.0])
+        """
+        return observed("smooth", self, ts, ys, mask, obs_std, observe, initial, t0)
 
 
+@jax.jit
 def _transition(A: Array, b: Array, noise: Array, duration: Array) -> tuple[Array, Array, Array]:
     dtype = jnp.result_type(A, b, noise, jnp.asarray(duration, A.dtype))
     A, b, noise, duration = (jnp.asarray(x, dtype) for x in (A, b, noise, duration))
@@ -127,6 +238,15 @@ def _transition(A: Array, b: Array, noise: Array, duration: Array) -> tuple[Arra
 
     (grown, integral, Q), _ = jax.lax.scan(double, (grown, integral, Q), jnp.arange(_DOUBLINGS, dtype=dtype))
     return eye + grown, integral, (Q + Q.T) / 2
+
+
+@jax.jit
+def _stationary(A: Array, b: Array, noise: Array) -> tuple[Array, Array]:
+    size = jnp.maximum(jnp.abs(A).sum(axis=0).max(), jnp.abs(A).sum(axis=1).max())
+    # As far as the doublings reach, so that whatever decays has done so.
+    phi, mean, P = _transition(A, b, noise, jax.lax.stop_gradient(2.0 ** (_DOUBLINGS - 3) / size))
+    gone = (jnp.abs(phi) < 0.5).all()
+    return jnp.where(gone, mean, jnp.nan), jnp.where(gone, P, jnp.nan)
 
 
 def _per_dimension(dim: int, sigma: Any) -> Array:
@@ -166,6 +286,10 @@ class BrownianMotion(LinearSDE):
     def diffusion(self, t: Any, y: PyTree, args: Any) -> Any:
         """Sigma, as diagonal noise; a batch of states (..., dim) is allowed."""
         return jnp.broadcast_to(jnp.diagonal(self.L).astype(y.dtype), y.shape)
+
+    def stationary(self) -> tuple[Array, Array]:
+        """There is none: a ValueError."""
+        raise ValueError(_NOT_STABLE.format(type(self).__name__))
 
 
 class OrnsteinUhlenbeck(LinearSDE):
@@ -241,3 +365,7 @@ class Momentum(LinearSDE):
         zero, eye = jnp.zeros((dim, dim), size.dtype), jnp.eye(dim, dtype=size.dtype)
         A = jnp.block([[zero, eye], [zero, zero]])
         super().__init__(A, jnp.zeros(2 * dim, size.dtype), jnp.concatenate([zero, jnp.diag(size)]))
+
+    def stationary(self) -> tuple[Array, Array]:
+        """There is none: a ValueError."""
+        raise ValueError(_NOT_STABLE.format(type(self).__name__))
