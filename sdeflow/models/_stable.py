@@ -146,6 +146,9 @@ class NeuralLangevinSDE(AbstractStableSDE):
     sees_time: ClassVar[bool] = False
     bounds: ClassVar[tuple[float, float, float]] = (30.0, 0.1, 10.0)
 
+    # Type checkers would make one of the fields.
+    __init__ = AbstractStableSDE.__init__
+
     def drift_from(self, gamma: Float[Array, " H"], z: Float[Array, " H"]) -> Float[Array, " H"]:
         """Gamma itself."""
         return gamma
@@ -187,6 +190,9 @@ class NeuralLinearNoiseSDE(AbstractStableSDE):
     additive: ClassVar[bool] = False  # pyright: ignore
     sees_time: ClassVar[bool] = True
     bounds: ClassVar[tuple[float, float, float]] = (30.0, 0.05, 1.0)
+
+    # Type checkers would make one of the fields.
+    __init__ = AbstractStableSDE.__init__
 
     def drift_from(self, gamma: Float[Array, " H"], z: Float[Array, " H"]) -> Float[Array, " H"]:
         """Gamma itself."""
@@ -236,6 +242,9 @@ class NeuralGeometricSDE(AbstractStableSDE):
     sees_time: ClassVar[bool] = True
     bounds: ClassVar[tuple[float, float, float]] = (30.0, 0.05, 1.0)
 
+    # Type checkers would make one of the fields.
+    __init__ = AbstractStableSDE.__init__
+
     def drift_from(self, gamma: Float[Array, " H"], z: Float[Array, " H"]) -> Float[Array, " H"]:
         """Gamma z."""
         return gamma * z
@@ -254,7 +263,11 @@ class NeuralGeometricSDE(AbstractStableSDE):
         if self.mode == "benchmark":
             return None
         y0 = jnp.asarray(y0)
-        return Chart(_Logarithmic(self, y0), jnp.zeros_like(y0), _Growth(y0))
+        return Chart(
+            _Logarithmic(self, y0),  # pyright: ignore[reportCallIssue]
+            jnp.zeros_like(y0),
+            _Growth(y0),
+        )
 
 
 _LARGEST = 80.0  # exp(80) is a float32, and so is its product with any start of ordinary size.

@@ -343,7 +343,7 @@ class LatentSDE(AbstractLatentModel):
         bend = MLP(2 + context + latent_size, latent_size, width=width, depth=2, key=keys[4])
         # The posterior starts from the prior.
         still = lambda net: eqx.tree_at(lambda n: n.layers[-1].weight, net, 0.1 * net.layers[-1].weight)
-        self.posterior = _Posterior(_Prior(h, g), still(slope), still(bend))
+        self.posterior = _Posterior(_Prior(h, g), still(slope), still(bend))  # pyright: ignore[reportCallIssue]
         self.cell = eqx.nn.GRUCell(2 * channels + 1, context, key=keys[5])
         self.begin = eqx.nn.Linear(context, 2 * latent_size, key=keys[6])
         self.start_mean, self.start_log_scale = jnp.zeros(latent_size), jnp.zeros(latent_size)

@@ -10,7 +10,7 @@ X is a path through the observations, gaps filled. Every series is walked on its
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -160,8 +160,8 @@ class SeriesModel(eqx.Module):
             ValueError: if the batch has another number of channels than the model.
         """
         self._check_channels(batch)
-        one = lambda *x: self._one(*x, key, tuple(regularisers))
-        outputs, sol, scored = jax.vmap(one)(*_fields(batch))
+        one = lambda row: self._one(row, key, tuple(regularisers))
+        outputs, sol, scored = jax.vmap(one)(_Row.all(batch))
         if self.task != "classify":
             # A series of one row was walked as if it had two.
             outputs = outputs[..., : batch.times.shape[1], :]
@@ -268,42 +268,31 @@ class SeriesModel(eqx.Module):
         call = lambda batch, rows: _samples(self, batch, places[rows], key, num_samples)
         return over_series(call, series, batch_size, throw)
 
-    def _one(
-        self,
-        times: Array,
-        values: Array,
-        mask: Array,
-        length: Array,
-        static: Any,
-        number: Array,
-        key: Any,
-        charged: Any,
-    ) -> tuple[Array, Solution, Any]:
+    def _one(self, row: "_Row", key: Any, charged: Any) -> tuple[Array, Solution, Any]:
         """Outputs, solution and what is to be scored of one series."""
-        own, scored = key_of(key, number), None
+        own, scored = key_of(key, row.number), None
         if self.task != "classify":
             own, for_hiding = jax.random.split(own)
             predicted = jnp.arange(self.channels) < self.num_outputs
-            hide = hidden(self.task, mask.shape, length, self.hide, for_hiding)
-            values, scored = jnp.where(hide, jnp.nan, values), hide & mask & predicted
+            hide = hidden(self.task, (row.times.shape[0], self.channels), row.length, self.hide, for_hiding)
+            row, scored = row._replace(values=jnp.where(hide, jnp.nan, row.values)), hide & row.mask & predicted
 
         def sample(key: PRNGKeyArray) -> tuple[Array, Solution]:
-            sol, control = self._walk(times, values, static, key, charged)
+            sol, control = self._walk(row, key, charged)
             return self._read(sol, control), sol
 
         if self.num_samples == 1:
             return *sample(own), scored
         return *jax.vmap(sample)(jax.random.split(own, self.num_samples)), scored
 
-    def _walk(
-        self, times: Array, values: Array, static: Any, key: PRNGKeyArray, regularisers: tuple[Any, ...] = ()
-    ) -> tuple[Solution, Any]:
-        """Walk one series, ``times`` (L,) and ``values`` (L, C), padded or not; and its control."""
+    def _walk(self, row: "_Row", key: PRNGKeyArray, regularisers: tuple[Any, ...] = ()) -> tuple[Solution, Any]:
+        """Walk one series, padded or not; and its control."""
+        times, values = row.times, row.values
         if times.shape[0] == 1:
             # One observation is a series that ends where it starts: a walk of no live step.
             times, values = jnp.repeat(times, 2), jnp.repeat(values, 2, axis=0)
         control = _CONTROLS[self.joined](times, values)
-        first = control.knots[0] if self.num_static == 0 else jnp.concatenate([control.knots[0], static])
+        first = control.knots[0] if self.num_static == 0 else jnp.concatenate([control.knots[0], row.static])
         start = self.encoder(first)
         if isinstance(self.dynamics, ODERNN):
             if regularisers:
@@ -352,10 +341,20 @@ class SeriesModel(eqx.Module):
             raise ValueError(f'{verb} needs a model that was built with task="{task}", not "{self.task}".')
 
 
-def _fields(batch: SeriesBatch) -> tuple[Any, ...]:
-    """What `SeriesModel._one` reads of a batch."""
-    fields = (batch.times, batch.values, batch.mask, batch.lengths, batch.static, batch.ids)
-    return tuple(None if x is None else jnp.asarray(x) for x in fields)
+class _Row(NamedTuple):
+    """What is read of one series of a batch; of all of them, with B leading."""
+
+    times: Array
+    values: Array
+    mask: Array
+    length: Array
+    static: Any
+    number: Array
+
+    @classmethod
+    def all(cls, batch: SeriesBatch) -> "_Row":
+        fields = (batch.times, batch.values, batch.mask, batch.lengths, batch.static, batch.ids)
+        return cls(*(None if x is None else jnp.asarray(x) for x in fields))  # pyright: ignore[reportArgumentType]
 
 
 @eqx.filter_jit
@@ -363,19 +362,19 @@ def _logits(model: SeriesModel, batch: SeriesBatch, key: PRNGKeyArray, num_sampl
     """Logits (B, K) and a result for each series."""
     model._check_channels(batch)
 
-    def one(times: Array, values: Array, mask: Any, length: Any, static: Any, number: Array) -> tuple[Array, Any]:
+    def one(row: _Row) -> tuple[Array, Any]:
         def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
-            sol, _ = model._walk(times, values, static, key)
+            sol, _ = model._walk(row, key)
             return model.readout(sol.final), sol.result
 
-        own = key_of(key, number)
+        own = key_of(key, row.number)
         if num_samples == 1:
             return sample(own)
         logits, result = jax.vmap(sample)(jax.random.split(own, num_samples))
         mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - np.log(num_samples)
         return mean, first_failure(result)
 
-    return jax.vmap(one)(*_fields(batch))
+    return jax.vmap(one)(_Row.all(batch))
 
 
 @eqx.filter_jit
@@ -385,19 +384,19 @@ def _samples(
     """Samples (B, S, T, K) at the rows ``places`` (B, T), and a result for each series."""
     model._check_channels(batch)
 
-    def one(places: Array, times: Array, values: Array, mask: Any, length: Any, static: Any, number: Array) -> Any:
+    def one(places: Array, row: _Row) -> Any:
         def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
             for_path, for_noise = jax.random.split(key)
-            sol, control = model._walk(times, values, static, for_path)
+            sol, control = model._walk(row, for_path)
             found = model._read(sol, control)[places, : model.num_outputs]
             if model.log_noise is not None:
                 found += jnp.exp(model.log_noise) * jax.random.normal(for_noise, found.shape, found.dtype)
             return found, sol.result
 
-        found, result = jax.vmap(sample)(jax.random.split(key_of(key, number), num_samples))
+        found, result = jax.vmap(sample)(jax.random.split(key_of(key, row.number), num_samples))
         return found, first_failure(result)
 
-    return jax.vmap(one)(jnp.asarray(places), *_fields(batch))
+    return jax.vmap(one)(jnp.asarray(places), _Row.all(batch))
 
 
 def key_of(key: PRNGKeyArray, number: Any) -> PRNGKeyArray:

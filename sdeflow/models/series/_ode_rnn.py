@@ -107,4 +107,4 @@ class ODERNN(eqx.Module):
         """`states` as what a solve returns."""
         states = self.states(start, times, values, solver=solver, steps_per_interval=steps_per_interval)
         okay = jnp.isfinite(states).all()
-        return Solution(times, states, states[-1], {}, {}, RESULTS.where(okay, RESULTS.successful, RESULTS.nonfinite))
+        return Solution(times, states, states[-1], {}, {}, RESULTS.where(okay, RESULTS.successful, RESULTS.nonfinite))  # pyright: ignore
