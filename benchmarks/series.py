@@ -46,7 +46,7 @@ from sdeflow.data import TimeSeries, read_ts
 from . import _harness as harness
 from ._harness import Claim, Method, Options, Row, Spread
 
-STEPS = {"BasicMotions": 400, "JapaneseVowels": 600, "PickupGestureWiimoteZ": 400}
+STEPS = {"BasicMotions": 240, "JapaneseVowels": 500, "PickupGestureWiimoteZ": 240}
 SIZE, RATES, SWEEP_SEED = 32, (3e-3, 1e-2), 100
 #: the accuracy to reach, of the spec's miniature: data, share missing, method -> mean
 MARKS = {
