@@ -33,7 +33,9 @@ PARTS = {
     "brownian": "8, 9: diffrax's Brownian path, Milstein beside Euler",
     "adaptive": "10: adaptive ordinary equations",
     "saving": "11: every step saved",
+    "adjoints": "6b, 7: memory and time of a gradient through ten thousand steps",
     "compile_time": "12: compile time, persistent cache, import",
+    "regularisers": "evaluations at prediction after training with regularisers",
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",
 }
@@ -45,6 +47,7 @@ NUMBERS = {
     **dict.fromkeys(("10a", "10b", "10c"), "adaptive"),
     "11": "saving",
     **dict.fromkeys(("12a", "12b", "12c"), "compile_time"),
+    **dict.fromkeys(("6b", "7"), "adjoints"),
 }
 
 

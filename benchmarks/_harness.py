@@ -80,7 +80,10 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table. ``target`` bounds the columns named in ``judged`` from above, by their medians."""
+    """One line of a table. ``target`` bounds the columns named in ``judged`` from above, by their medians.
+
+    ``more`` are columns of a part's own, by their names.
+    """
 
     method: str
     wall: Spread | None = None
@@ -93,10 +96,11 @@ class Row:
     note: str = ""
     target: float | None = None
     judged: tuple[str, ...] = ("wall", "cpu")
+    more: dict[str, Spread] = dataclasses.field(default_factory=dict)
 
     def figure(self, column: str) -> float | None:
         """What is judged of a column: the median where there is a spread."""
-        value = getattr(self, column)
+        value = self.more[column] if column in self.more else getattr(self, column, None)
         return value.median if isinstance(value, Spread) else value
 
     @property
@@ -287,17 +291,19 @@ _COLUMNS = (
 def table(claim: Claim) -> str:
     """The claim as text: a heading, one line a row, the remarks below."""
     lines = []
+    own = list(dict.fromkeys(name for r in claim.rows for name in r.more))
+    columns = (*_COLUMNS[:1], *own, *_COLUMNS[1:])
     for r in claim.rows:
         cells = [r.method]
-        cells += ["" if s is None else f"{s}" for s in (r.wall, r.cpu)]
+        cells += ["" if s is None else f"{s}" for s in (*(r.more.get(name) for name in own), r.wall, r.cpu)]
         cells += ["" if x is None else _short(x) for x in (r.ms, r.trace_s, r.compile_s, r.temp_mb)]
         cells += [r.loop_ops, "" if r.target is None else f"<= {r.target:g}", r.verdict, r.note]
         lines.append(cells)
-    used = [i for i, name in enumerate(_COLUMNS) if name in ("method", "note") or any(cells[i] for cells in lines)]
-    widths = {i: max(len(_COLUMNS[i]), *(len(cells[i]) for cells in lines)) for i in used}
+    used = [i for i, name in enumerate(columns) if name in ("method", "note") or any(cells[i] for cells in lines)]
+    widths = {i: max(len(columns[i]), *(len(cells[i]) for cells in lines)) for i in used}
     rows = [
         "  ".join(cells[i].ljust(widths[i]) for i in used).rstrip()
-        for cells in [list(_COLUMNS), ["-" * widths.get(i, 0) for i in range(len(_COLUMNS))], *lines]
+        for cells in [list(columns), ["-" * widths.get(i, 0) for i in range(len(columns))], *lines]
     ]
     heading = f"[{claim.number}] {claim.title}"
     return "\n".join(

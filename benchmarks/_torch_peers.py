@@ -36,6 +36,15 @@ def rows(reference: Method, size: Size, options: Options, *, gradient: bool, sav
     return out
 
 
+def reversible_row(reference: Method, size: Size, options: Options) -> Row:
+    """The line of torchsde's reversible Heun and the adjoint that undoes its steps."""
+    name = "torchsde reversible_heun, its adjoint"
+    if not installed() or importlib.util.find_spec("torchsde") is None:
+        return Row(name, note=f"not installed: {INSTALL}")
+    make = lambda: _torchsde_call(size, True, False, adjoint=True, method="reversible_heun")
+    return harness.attempt(name, lambda: _row(reference, name, make, options))
+
+
 def installed() -> bool:
     """Whether PyTorch can be imported."""
     return importlib.util.find_spec("torch") is not None
@@ -169,7 +178,9 @@ def _loop_call(size: Size, gradient: bool, save: bool, *, compile_step: bool) ->
     return _finish(run, params, y0, gradient)
 
 
-def _torchsde_call(size: Size, gradient: bool, save: bool, *, adjoint: bool) -> Callable[[], Any]:
+def _torchsde_call(
+    size: Size, gradient: bool, save: bool, *, adjoint: bool, method: str = "euler"
+) -> Callable[[], Any]:
     import torch
 
     with warnings.catch_warnings():
@@ -179,7 +190,7 @@ def _torchsde_call(size: Size, gradient: bool, save: bool, *, adjoint: bool) -> 
     params, y0 = _problem(size, gradient)
 
     class Equation(torch.nn.Module):
-        noise_type, sde_type = "diagonal", "ito"
+        noise_type, sde_type = "diagonal", "ito" if method == "euler" else "stratonovich"
 
         def __init__(self) -> None:
             super().__init__()
@@ -195,6 +206,7 @@ def _torchsde_call(size: Size, gradient: bool, save: bool, *, adjoint: bool) -> 
 
     equation = Equation()
     solve = torchsde.sdeint_adjoint if adjoint else torchsde.sdeint
+    extra = {"adjoint_method": "adjoint_reversible_heun"} if method == "reversible_heun" else {}
     ts = torch.linspace(0.0, 1.0, size.steps + 1 if save else 2, device=y0.device)
 
     def run() -> Any:
@@ -202,7 +214,7 @@ def _torchsde_call(size: Size, gradient: bool, save: bool, *, adjoint: bool) -> 
         path = torchsde.BrownianInterval(
             t0=ts[0], t1=ts[-1], size=tuple(y0.shape), dtype=y0.dtype, device=y0.device, dt=size.step_size
         )
-        ys = solve(equation, y0, ts, bm=path, method="euler", dt=size.step_size)
+        ys = solve(equation, y0, ts, bm=path, method=method, dt=size.step_size, **extra)
         return ys if save else ys[-1]
 
     return _finish(run, equation.tree, y0, gradient)

@@ -24,6 +24,7 @@ from ._results import RESULTS as RESULTS
 from ._results import SolveError as SolveError
 from ._results import check as check
 from ._results import is_okay as is_okay
+from .adjoints import check_gradients as check_gradients
 from .equations import ODE as ODE
 from .equations import SDE as SDE
 from .solving import Solution as Solution

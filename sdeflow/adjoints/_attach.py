@@ -74,8 +74,8 @@ def _jvp(primals: Any, tangents: Any, *, rule: Rule, count: int, levels: tuple[F
 
 
 def _front(args: Any, dims: Any) -> tuple[int, list[Any], list[bool]]:
-    (size,) = {x.shape[d] for x, d in zip(args, dims) if d is not batching.not_mapped}
-    flags = [d is not batching.not_mapped for d in dims]
+    (size,) = {x.shape[d] for x, d in zip(args, dims) if d is not None}
+    flags = [d is not None for d in dims]
     return size, [jnp.moveaxis(x, d, 0) if flag else jnp.asarray(x) for x, d, flag in zip(args, dims, flags)], flags
 
 

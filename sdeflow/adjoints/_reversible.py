@@ -53,8 +53,10 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
     stable for stiff equations.
 
     On fixed steps the reverse pass reconstructs the start from the end. How far it misses is the *defect*, relative to
-    the size of the solution: ``sol.stats["defect"]``. Where it is larger than ``max_defect`` gradients are NaN rather
-    than wrong. An adaptive solve is recorded (times alone) and walked once more along its accepted steps.
+    the size of the start: ``sol.stats["defect"]``. (If more, relative to what the first step leads to if it is taken as
+    often as there are steps; and for a start near zero that hardly moves, to a tenth of what the solution usually is.)
+    Where the defect is larger than ``max_defect`` gradients are NaN rather than wrong. An adaptive solve is recorded
+    (times alone) and walked once more along its accepted steps.
 
     Gradients are of first order, in reverse mode, and with respect to all but times and noise.
 
@@ -208,7 +210,8 @@ def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final
     times = (rows.left[0], rows.right[0])
     increments = eqx.filter_eval_shape(fetch, noise, *times)
     increments = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), increments)
-    y, last, half, coupling, notes, charge = begin.y, final.y, None, None, None, None
+    y, last, half, coupling, notes = begin.y, final.y, None, None, None
+    charge = None
     charging, all_terms, paired = solver, terms, lambda y: y
     if isinstance(solver, Charging):
         (y, notes), last = begin.y, final.y[0]
@@ -223,7 +226,7 @@ def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final
         def halved(v: Any, left: Any, right: Any, noise: Any) -> Any:
             return jtu.tree_map(lambda x: x / 2, terms.prod(v, control(left, right, noise)))
 
-        def step(u: Any, z: Any, here: Any, after: Any, more: Any) -> Any:
+        def heun_step(u: Any, z: Any, here: Any, after: Any, more: Any) -> Any:
             v = terms.vf(here[1], z, args)
             before, beyond = halved(v, *here), halved(v, *after)
             beyond = jtu.tree_map(lambda x: jnp.where(more, x, 0), beyond)
@@ -233,26 +236,26 @@ def _problem(solver: Any, terms: Any, args: Any, rows: Rows, begin: Carry, final
         z, v = begin.solver_state
         row = (*times, increments)
         half = eqx.filter_closure_convert(halved, v, *row)
-        step = eqx.filter_closure_convert(step, y, z, row, row, jnp.asarray(True))
+        step = eqx.filter_closure_convert(heun_step, y, z, row, row, jnp.asarray(True))
         start, final_ = (y, z, v), (last, final.solver_state[0])
     else:
 
-        def step(y: Any, t0: Any, t1: Any, noise: Any) -> Any:
+        def increment(y: Any, t0: Any, t1: Any, noise: Any) -> Any:
             return solver.increment(rows.source.install(terms, noise, t0, t1), t0, t1, y, args)[0]
 
-        step = eqx.filter_closure_convert(step, y, *times, increments)
+        step = eqx.filter_closure_convert(increment, y, *times, increments)
         coupling = jnp.asarray(solver.c, rows.left.dtype)
         z = begin.solver_state
         start, final_ = (y, z), (last, final.solver_state)
 
     if charging is not solver:
 
-        def charge(y: Any, z: Any, left: Any, right: Any, noise: Any) -> Any:
+        def added(y: Any, z: Any, left: Any, right: Any, noise: Any) -> Any:
             here = rows.source.install(all_terms, noise, left, right)
             state = (z, terms.vf(left, z, args)) if heun else z
             return charging.step(here, left, right, paired(y), args, state, False)[0][1]
 
-        charge = eqx.filter_closure_convert(charge, y, z, *times, increments)
+        charge = eqx.filter_closure_convert(added, y, z, *times, increments)
 
     save = None
     if emit is not None:
@@ -280,12 +283,18 @@ class _Undo(Lanes):
         """What is carried from row to row, before the last one."""
         raise NotImplementedError
 
-    def back(self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]) -> tuple[Any, list[Any], list[Any]]:
-        """Undo a row: the carry before it, and what the inputs of the step and of the save function gain."""
+    def back(
+        self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]
+    ) -> tuple[Any, list[Any], list[Any], Any]:
+        """Undo a row: the carry before it, what the inputs of the step and of the save function gain, what was seen."""
         raise NotImplementedError
 
-    def leave(self, carry: Any) -> tuple[Any, Any, list[Any]]:
-        """The start as it was reconstructed, its cotangents, and what the inputs of the step gain."""
+    def leave(self, carry: Any, first: Callable[[], Any]) -> tuple[Any, Any, Any, list[Any]]:
+        """The start as it was reconstructed, the move from the true one, cotangents, and what the step's inputs gain.
+
+        Arguments:
+            first: reads the first row.
+        """
         raise NotImplementedError
 
     def run(self, ct_y: Any, ct_z: Any, ct_saved: Any, ct_notes: Any) -> tuple[dict[int, Any], Any]:
@@ -301,23 +310,43 @@ class _Undo(Lanes):
 
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             i, row = xs
-            state, of_step, of_save = carry
+            state, of_step, of_save, sizes = carry
             here, live = read(row)
-            saved = lambda y: self._pull_saved(i, here[1], y, ct_saved)
-            state, more, kept = self.back(state, here, live, saved)
-            return (state, add(of_step, more), add(of_save, kept)), None
+
+            def saved(y: Any) -> Any:
+                size = self._rms(y)
+                counts = size > 0 if live is None else (size > 0) & live
+                seen = (jnp.where(counts, jnp.where(counts, size, 1) ** -0.25, 0), counts.astype(size.dtype))
+                return self._pull_saved(i, here[1], y, ct_saved), seen
+
+            state, more, kept, seen = self.back(state, here, live, saved)
+            return (state, add(of_step, more), add(of_save, kept), add(sizes, seen)), None
 
         last, _ = read(jtu.tree_map(lambda x: x[-1], rows))
         gains = [[zeros(self.inputs[n]) for n in numbers] for numbers in (self.of_step, self.of_save)]
-        carry = (self.enter(last, ct_y, ct_z), *gains)
-        (state, of_step, of_save), _ = jax.lax.scan(body, carry, (jnp.arange(length), rows), reverse=True)
-        found, cts, more = self.leave(state)
+        sizes = zeros((self._rms(ct_y), self._rms(ct_y)))
+        carry = (self.enter(last, ct_y, ct_z), *gains, sizes)
+        (state, of_step, of_save, (inverse, count)), _ = jax.lax.scan(
+            body, carry, (jnp.arange(length), rows), reverse=True
+        )
+        found, move, cts, more = self.leave(state, lambda: read(jtu.tree_map(lambda x: x[0], rows))[0])
         out = dict(zip(self.of_step, add(of_step, more))) | dict(zip(self.of_save, of_save))
         ends = leaves_by_number(self.places.start, cts) + leaves_by_number(self.places.notes, ct_notes)
         for place, value in ends:
             out[place] = self.reduced(place, value)
-        defect = self.over(lambda inputs, x: _defect(x, self.build(inputs)), self.inputs, found)
+        # A mean that leans to the small: of a solution that grew, the size that it had early, beside which a gap at the
+        # start has to be seen; of one that began at zero, not the moment when it did.
+        usual = (count / jnp.where(inverse > 0, inverse, 1)) ** 4
+        measure = lambda inputs, found, move, usual: _defect(found, move, usual, self.build(inputs))
+        defect = self.over(measure, self.inputs, found, move, usual)
         return out, defect
+
+    def _rms(self, tree: Any) -> Any:
+        """The root mean square of all numbers of a solve."""
+        leaves = [jnp.square(jnp.abs(x)) for x in jtu.tree_leaves(tree)]
+        axes = lambda x: tuple(range(int(self.many), x.ndim))
+        count = sum(x.size for x in leaves) // (self.size if self.many else 1)
+        return jnp.sqrt(sum(x.sum(axis=axes(x)) for x in leaves) / count)
 
     def _by_time(self, rows: Any, places: Any) -> Any:
         if not self.many:
@@ -360,11 +389,24 @@ class _Undo(Lanes):
         return tree if live is None else where(live, tree, zeros(tree))
 
 
-def _defect(found: tuple[Any, ...], problem: _Problem) -> Any:
+def _defect(found: tuple[Any, ...], move: Any, usual: Any, problem: _Problem) -> Any:
+    """How far the reconstructed start is from the true one.
+
+    The end says nothing of how large a gap is: where a solution grew, what is small beside the end may be large beside
+    the start, and a wrong start has wrong slopes.
+
+    Arguments:
+        found: the start as it was reconstructed.
+        move: the first step from the true start.
+        usual: a mean of the sizes of the solution that leans to the small.
+    """
     flat = lambda tree: jnp.concatenate([jnp.abs(x).ravel() for x in jtu.tree_leaves(tree)])
     rms = lambda x: jnp.sqrt(jnp.mean(x**2))
-    begin = problem.start[:2]
-    size = jnp.maximum(rms(flat(begin)), rms(flat(problem.final)))
+    begin, (left, _, live, _) = problem.start[:2], problem.rows
+    steps = left.shape[0] if live is None else jnp.maximum(live.sum(), 1)
+    size = jnp.maximum(rms(flat(begin)), steps * rms(flat(move)))
+    # Where a start of zero does not move at first either, only what comes later says what is large.
+    size = jnp.where(size < usual / 100, usual / 10, size)
     gap = rms(flat(jtu.tree_map(jnp.subtract, found, begin)))
     return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), gap)
 
@@ -377,12 +419,14 @@ class _UndoHeun(_Undo):
         ct_u = jtu.tree_map(lambda a, b: a + 2 * b, ct_y, ct_z)
         return (y, z, last, more), (ct_u, jtu.tree_map(jnp.negative, ct_z), zeros(ct_y))
 
-    def back(self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]) -> tuple[Any, list[Any], list[Any]]:
+    def back(
+        self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]
+    ) -> tuple[Any, list[Any], list[Any], Any]:
         (u, z, after, more), (ct_u, ct_z, pending) = carry
         step = lambda problem, *x: problem.step(*x)
         _, pull, (before, beyond) = self.vjp(step, self.of_step, (zeros(u), z), (here, after, more))
         y = jtu.tree_map(jnp.subtract, u, beyond)
-        of_save, ct_before, ct_y = saved(y)
+        (of_save, ct_before, ct_y), seen = saved(y)
         charged = more if live is None else more & live
         of_charge, of_y, of_z = self.charged(y, z, after, charged)
         held, new_u, new_z = pull(self.only(live, (add(add(ct_y, pending), of_y), ct_u, ct_z)))
@@ -394,22 +438,23 @@ class _UndoHeun(_Undo):
             # What padding kept is the last state, whose cotangent this then is.
             ct_u = add(ct_u, add(ct_before, ct_y))
             new = where(live, new, ((u, z, after, more), (ct_u, ct_z, pending)))
-        return new, held, of_save
+        return new, held, of_save, seen
 
-    def leave(self, carry: Any) -> tuple[Any, Any, list[Any]]:
+    def leave(self, carry: Any, first: Callable[[], Any]) -> tuple[Any, Any, Any, list[Any]]:
+        del first
         (u, z, after, more), (ct_u, ct_z, pending) = carry
 
-        def first(problem: _Problem, y: Any, z: Any, v: Any, after: Any, more: Any) -> Any:
+        def begin(problem: _Problem, y: Any, z: Any, v: Any, after: Any, more: Any) -> Any:
             half = jtu.tree_map(lambda x: jnp.where(more, x, 0), problem.half(v, *after))
             u = add(y, half)
             return (u, jtu.tree_map(lambda u, z: 2 * u - z, u, z)), half
 
         start = self._for_all(self.problem.start, self.places.start)
-        _, pull, half = self.vjp(first, self.of_step, start, (after, more))
+        _, pull, half = self.vjp(begin, self.of_step, start, (after, more))
         held, ct_y, ct_hat, ct_v = pull((ct_u, ct_z))
-        of_charge, of_y, of_z = self.charged(*start[:2], after, more)
+        of_charge, of_y, of_z = self.charged(start[0], start[1], after, more)
         found = (jtu.tree_map(jnp.subtract, u, half), z)
-        return found, (add(add(ct_y, pending), of_y), add(ct_hat, of_z), ct_v), add(held, of_charge)
+        return found, add(half, half), (add(add(ct_y, pending), of_y), add(ct_hat, of_z), ct_v), add(held, of_charge)
 
 
 class _UndoCoupled(_Undo):
@@ -417,13 +462,15 @@ class _UndoCoupled(_Undo):
         del last
         return self._for_all(self.problem.final, self.places.final), (ct_y, ct_z, zeros(ct_y))
 
-    def back(self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]) -> tuple[Any, list[Any], list[Any]]:
+    def back(
+        self, carry: Any, here: Any, live: Any, saved: Callable[[Any], Any]
+    ) -> tuple[Any, list[Any], list[Any], Any]:
         (y1, z1), (ct_y, ct_z, pending) = carry
         left, right, noise = here
         c = self._for_all(self.problem.coupling, self.places.coupling)
         times = lambda c, x: jnp.reshape(c, jnp.shape(c) + (1,) * (x.ndim - jnp.ndim(c))).astype(x.dtype) * x
         step = lambda problem, *x: (problem.step(*x), None)
-        of_save, ct_before, ct_after = saved(y1)
+        (of_save, ct_before, ct_after), seen = saved(y1)
         total = add(ct_y, add(ct_after, pending))
 
         down = tuple(map(backwards, noise))
@@ -440,8 +487,12 @@ class _UndoCoupled(_Undo):
         new = (y, z), (new_y, add(new_z, of_z), ct_before)
         if live is not None:
             new = where(live, new, ((y1, z1), (add(ct_y, add(ct_before, ct_after)), ct_z, pending)))
-        return new, add(add(held, held_too), of_charge), of_save
+        return new, add(add(held, held_too), of_charge), of_save, seen
 
-    def leave(self, carry: Any) -> tuple[Any, Any, list[Any]]:
+    def leave(self, carry: Any, first: Callable[[], Any]) -> tuple[Any, Any, Any, list[Any]]:
         (y, z), (ct_y, ct_z, pending) = carry
-        return (y, z), (add(ct_y, pending), ct_z), [zeros(self.inputs[n]) for n in self.of_step]
+        _, start = self._for_all(self.problem.start, self.places.start)
+        left, right, noise = first()
+        step = lambda inputs, *x: self.build(inputs).step(*x)
+        move = self.over(step, self.inputs, start, left, right, noise)
+        return (y, z), move, (add(ct_y, pending), ct_z), [zeros(self.inputs[n]) for n in self.of_step]

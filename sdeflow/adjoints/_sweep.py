@@ -151,7 +151,8 @@ class _Sweep(Lanes):
             if t1 and steps != 1:
                 entry = _at(ct[k], solve.index[k] - 1)
                 entry = where(solve.count % steps != 0, entry, zeros(entry)) if steps else entry
-                a, b = self._pull_save(inputs, k, *solve.last, entry)
+                t, y = solve.last
+                a, b = self._pull_save(inputs, k, t, y, entry)
                 ct_save, ct_y = add(ct_save, a), add(ct_y, b)
         # Not from the first solver state, of which constants may have become plain numbers by now.
         return ct_y, zeros(inexact(_at(solve.record.solver_state, 0))), ct_save

@@ -59,9 +59,10 @@ def beside(t: Any, towards: Any) -> Any:
     """The next number of the dtype of ``t`` in that direction, which is normal: XLA takes smaller ones for zero."""
     xp = jnp if isinstance(t, jax.Array) else np
     tiny = np.finfo(t.dtype).tiny
-    near = xp.where(t == 0, xp.where(towards > t, tiny, -tiny), xp.nextafter(t, towards))
-    # A shift by a constant, so that gradients in the times go through.
-    return t + (jax.lax.stop_gradient(near - t) if xp is jnp else near - t)
+    # A shift by a constant, so that gradients in the times go through; nextafter has none.
+    at, towards = jax.lax.stop_gradient((t, towards)) if xp is jnp else (t, towards)
+    near = xp.where(at == 0, xp.where(towards > at, tiny, -tiny), xp.nextafter(at, towards))
+    return t + (near - at)
 
 
 def cast(grid: "Grid", dtype: Any) -> "Grid":

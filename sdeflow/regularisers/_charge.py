@@ -205,7 +205,7 @@ class _Watch(eqx.Module):
 def _watching(readers: Sequence[Any], setting: Setting, ts: Any, args: Any, key: Any, depth: int) -> Setting:
     dtype = ts.dtype
     state = _stripped(setting.y0, depth)
-    keys = tuple(None if key is None else jax.random.fold_in(key, 100 + i) for i in range(len(readers)))
+    keys: Any = tuple(None if key is None else jax.random.fold_in(key, 100 + i) for i in range(len(readers)))
     times = tuple(
         ts[0] + (ts[-1] - ts[0]) * jax.random.uniform(k, (), dtype)
         if isinstance(r, _Local) and r.time == "unbiased"

@@ -78,6 +78,11 @@ class McCallumFoster(diffrax.AbstractWrappedSolver):
         return self.solver.term_compatible_contr_kwargs
 
     @property
+    def scan_kind(self) -> Any:
+        """How the solver loops over its stages, which some of diffrax's adjoints look up here and replace."""
+        return self.solver.scan_kind  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
     def c(self) -> Any:
         """The coupling."""
         return COUPLING if self.coupling is None else self.coupling

@@ -53,11 +53,19 @@ def check_interpretation(equation: AbstractEquation, solver: diffrax.AbstractSol
     """Refuse a solver that converges to another process than the equation means.
 
     Raises:
-        ValueError: for state-dependent noise and a solver of the other calculus, or Ito noise run backwards in time.
+        ValueError: for state-dependent noise and a solver of the other calculus, or of neither, or Ito noise run
+            backwards in time.
     """
     if not equation.is_stochastic or equation.additive:
         return
     name = type(solver).__name__
+    if isinstance(solver, McCallumFoster) and isinstance(solver.solver, diffrax.Euler):
+        # Backwards in time it tends to another process, from which the first copy drifts away.
+        raise ValueError(  # noqa: TRY004
+            "Euler steps taken back and forth, as McCallumFoster takes them, converge to no solution when the noise "
+            "depends on the state: use McCallumFoster(diffrax.Heun()) on a Stratonovich equation, or "
+            "McCallumFoster(sf.solvers.DiagonalMilstein()) on an Ito one."
+        )
     ito = isinstance(solver, diffrax.AbstractItoSolver)
     stratonovich = isinstance(solver, diffrax.AbstractStratonovichSolver)
     if equation.interpretation == "ito" and not ito:

@@ -51,7 +51,7 @@ def plan(ts: Any, dt0: Any, grid: Grid | None, steps_per_interval: int | None, p
     )
     # The path's own grid may be named twice.
     own = path is None or (grid is not None and getattr(path, "grid", None) is grid)
-    if grid is None and not given and getattr(path, "grid", None) is not None:
+    if grid is None and not given and path is not None and getattr(path, "grid", None) is not None:
         grid, why, own = path.grid, "the grid of the path", True
     if grid is not None:
         why = "the given grid" if given else why

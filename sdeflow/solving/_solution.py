@@ -79,6 +79,9 @@ def failure(sol: Solution) -> str:
     That is the last requested time at which the state was finite; where steps ran out, what they came to.
     """
     text = message_of(sol.result)
+    if not is_concrete(sol.ts, sol.stats.get("time_reached"), *jtu.tree_leaves(sol.ys)):
+        # Under `jax.grad` outside of a compiled function the result is known, but the states are being traced.
+        return text
     if text == message_of(RESULTS.max_steps_reached) and "time_reached" in sol.stats:
         return f"{text} {_progress(sol)}"
     if text == message_of(RESULTS.nonfinite):

@@ -193,7 +193,7 @@ def test_additive_noise_run_backwards_returns_to_where_it_came_from(name):
 
 @pytest.mark.parametrize(("ts", "dt0"), [([0.0, 1.0], -0.1), ([1.0, 0.5, 0.0], 0.1), ([0.0, 1.0], 0.0)])
 def test_a_first_step_in_the_wrong_direction_is_refused(ts, dt0):
-    with pytest.raises(ValueError, match=r"dt0 must be of the sign of ts\[1\]-ts\[0\]"):
+    with pytest.raises(ValueError, match=r"dt0 must be finite, not zero( and of the sign of ts\[1\]-ts\[0\]=|, got)"):
         sf.solve(sf.ODE(lambda t, y, args: -y), jnp.array(1.0), ts, dt0=dt0, stepsize_controller=PID)
 
 
@@ -203,3 +203,14 @@ def test_the_first_step_is_taken_as_given_in_either_direction():
     for ts, dt0 in (([0.0, 1.0], 0.25), ([1.0, 0.0], -0.25), ([0.0, 0.5, 1.0], 0.25)):
         sol = sf.solve(sf.ODE(lambda t, y, args: -y), jnp.array(1.0), ts, dt0=dt0, solver=dfx.Heun(), stepsize_controller=fixed)  # fmt: skip
         assert int(sol.stats["num_steps"]) == 4
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"dt0": 0.5}, {"stepsize_controller": dfx.PIDController(1e-6, 1e-9), "max_steps": 3}]
+)
+def test_a_failure_under_a_gradient_outside_of_jit_is_raised_as_a_solve_error(kwargs):
+    blow_up = lambda rate: sf.solve(
+        sf.ODE(lambda t, y, a: a * y**2), jnp.array(1.0), [0.0, 50.0], args=rate, solver=dfx.Heun(), **kwargs
+    ).final  # fmt: skip
+    with pytest.raises(sf.SolveError):
+        jax.grad(blow_up)(1.0)

@@ -93,7 +93,10 @@ REFUSED = {
         lambda: sf.solve(OU, Y, [0.0, 3.0], dt0=0.25, path=_path(), solver=diffrax.Euler()),
         "covers times from 0 to 1",
     ),
-    "a regulariser": (lambda: sf.solve(DECAY, Y, TS, dt0=0.1, regularisers=("cost",)), "No regulariser is known"),
+    "a regulariser": (
+        lambda: sf.solve(DECAY, Y, TS, dt0=0.1, regularisers=(sf.regularisers.LocalError(),)),
+        "pass key=",
+    ),
     "raw terms without a solver": (
         lambda: sf.solve(diffrax.ODETerm(lambda t, y, a: -y), Y, TS, dt0=0.1),
         "pass solver=",
