@@ -92,6 +92,29 @@ def warn(message: str, category: type[Warning] = SdeflowWarning) -> None:
     warnings.warn(message, category, stacklevel=4)
 
 
+def moved_by(relation: Any, change: Any) -> tuple[Any, Any] | None:
+    """The state in an implicit stage of diffrax, and how it moves as the unknown of the stage changes.
+
+    Arguments:
+        relation: the arguments of the function whose root the stage is.
+        change: of the unknown, a slope or an increment.
+
+    Returns:
+        Both, or None if the root is that of something else.
+    """
+    count = len(relation) if isinstance(relation, tuple) else 0
+    if count == 8:
+        _, diagonal, _, product, _, state, _, control = relation
+        change = product(change, control)
+    elif count == 7:
+        _, diagonal, _, _, state, _, _ = relation
+    elif count == 5:
+        diagonal, (_, _, state, _, _) = 1, relation
+    else:
+        return None
+    return state, jtu.tree_map(lambda x: diagonal * x, change)
+
+
 lax_while_loop = ft.partial(eqxi.while_loop, kind="lax")
 """The while loop that ``AbstractAdjoint._loop`` expects, without support for reverse mode."""
 

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 from sdeflow import _compat
@@ -133,6 +134,34 @@ def test_implicit_solvers_mark_the_tolerances_that_they_leave_open():
     assert finder.rtol is _compat.use_stepsize_tol
     assert finder.atol is _compat.use_stepsize_tol
     assert dataclasses.replace(finder, rtol=1e-3).rtol == 1e-3
+
+
+@pytest.mark.parametrize("solver", [diffrax.ImplicitEuler, diffrax.Kvaerno3, diffrax.KenCarp3])
+def test_the_state_of_an_implicit_stage_is_found_among_what_its_root_depends_on(solver):
+    h, start, found = 0.25, jnp.array([3.0, -1.0]), []
+
+    class Spy(optx.Newton):
+        def terminate(self, fn, y, args, options, state, tags):
+            found.append(_compat.moved_by(args, state.diff))
+            return super().terminate(fn, y, args, options, state, tags)
+
+    field = diffrax.ODETerm(lambda t, y, args: -y)
+    terms = diffrax.MultiTerm(field, field) if solver is diffrax.KenCarp3 else field
+    solver = solver(root_finder=Spy(1e-5, 1e-5, norm=optx.rms_norm))
+    diffrax.diffeqsolve(terms, solver, 0.0, h, h, start, max_steps=1)
+    assert found, "no stage was seen"
+    assert all(jax.tree.map(jnp.shape, stage) == ((2,), (2,)) for stage in found)
+    # By hand for each of the three forms of a stage: slopes, increments, implicit Euler.
+    y, one = jnp.array([3.0, -1.0]), jnp.ones(2)
+    product = lambda slope, control: control * slope
+    for relation, factor in (
+        ((0, 0.5, None, product, 0.0, y, None, h), 0.5 * h), ((0, 0.5, None, 0.0, y, None, h), 0.5),
+        ((None, 0.0, y, None, h), 1.0),
+    ):  # fmt: skip
+        at, move = _compat.moved_by(relation, one)
+        np.testing.assert_allclose(at, y)
+        np.testing.assert_allclose(move, factor * one)
+    assert _compat.moved_by(None, one) is None
 
 
 def test_concreteness_is_seen_through_a_tracer():

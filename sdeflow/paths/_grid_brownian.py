@@ -29,6 +29,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..grids import Grid
 from ._increments import backwards
+from ._threefry import written_out
 from ._tree import tree_table
 
 LEVY_AREAS = (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea, diffrax.SpaceTimeTimeLevyArea)
@@ -64,6 +65,7 @@ def as_structure(structure: Any) -> PyTree[jax.ShapeDtypeStruct]:
 def normals(key: PRNGKeyArray, structure: Any, levy_area: type, lead: tuple[int, ...] = ()) -> dict[str, Any]:
     """Standard normals for every field and leaf; time leads, so that a longer draw only appends rows."""
     leaves, treedef = jtu.tree_flatten(structure)
+    key = written_out(key)
 
     def draw(field: int) -> Any:
         # The key of W does not depend on whether H and K are drawn too.
@@ -168,7 +170,7 @@ class GridBrownian(diffrax.AbstractBrownianPath):
         """The increment of row ``index``, a step of length ``h``."""
         if self.table is not None:
             return jtu.tree_map(lambda x: x[index], self.table)
-        draws = normals(jr.fold_in(self.key, index), self.structure, self.levy_area)
+        draws = normals(jr.fold_in(written_out(self.key), index), self.structure, self.levy_area)
         return increment(jnp.asarray(h), draws, self.levy_area)
 
     def evaluate(self, t0: Any, t1: Any = None, left: bool = True, use_levy: bool = False) -> Any:

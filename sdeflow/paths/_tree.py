@@ -21,6 +21,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ..grids import Grid
 from ._increments import backwards
+from ._threefry import written_out
 
 
 class QuietTree(diffrax.VirtualBrownianTree):
@@ -36,12 +37,13 @@ class QuietTree(diffrax.VirtualBrownianTree):
 
 
 def quiet(path: Any) -> Any:
-    """The path, a tree of diffrax's turned into one that calls nothing back."""
+    """The path, a tree of diffrax's turned into one that calls nothing back, and draws the same numbers sooner."""
     if type(path) is not diffrax.VirtualBrownianTree:
         return path
     out = object.__new__(QuietTree)
     for field in dataclasses.fields(path):
         object.__setattr__(out, field.name, getattr(path, field.name))
+    object.__setattr__(out, "key", jtu.tree_map(written_out, path.key))
     return out
 
 
@@ -58,7 +60,7 @@ def tree_table(grid: Grid, structure: Any, key: PRNGKeyArray, levy_area: type) -
     if levels is None:
         return _by_query(grid, structure, key, levy_area)
     leaves, treedef = jtu.tree_flatten(structure)
-    keys = jr.split(key, len(leaves))
+    keys = jr.split(written_out(key), len(leaves))
     length = jnp.abs(jnp.asarray(grid.right[-1] - grid.left[0]))
     rows = [_breadth_first(k, x, levels, length, levy_area) for k, x in zip(keys, leaves)]
     names = rows[0].keys()

@@ -89,7 +89,9 @@ def check_real(y0: Any, stochastic: bool) -> None:
 
 
 def check_ts(ts: Any, *, repeats: bool) -> Any:
-    """The requested times, as an array.
+    """The requested times, as a NumPy array unless they are traced.
+
+    Inside ``jit`` what is taken of an array of JAX is traced even if the array is not.
 
     Arguments:
         repeats: whether the last time may be repeated, as padding that a grid accounts for.
@@ -100,11 +102,10 @@ def check_ts(ts: Any, *, repeats: bool) -> Any:
     """
     if not is_concrete(*jtu.tree_leaves(ts)):
         return _check_shape(jnp.asarray(ts))
-    if not isinstance(ts, np.ndarray | jax.Array):
-        try:
-            ts = np.asarray(ts, np.float64)
-        except (TypeError, ValueError):
-            raise TypeError(f"ts must be real numbers, one a requested time, got {ts!r}.") from None
+    try:
+        ts = np.asarray(ts, None if isinstance(ts, np.ndarray | jax.Array) else np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"ts must be real numbers, one a requested time, got {ts!r}.") from None
     _check_shape(ts)
     times = np.asarray(ts, np.float64)
     if ts.shape[0] == 1 or repeats:

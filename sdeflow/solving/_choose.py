@@ -17,6 +17,7 @@ from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
+from ..solvers._newton import StageNewton
 from ..solvers._unrolled import unrolled
 from ..walking import asks_within
 
@@ -149,7 +150,8 @@ def resolve_tolerances(solver: Any, dtype: Any, controller: Any = None) -> Any:
             missing = {k: v for k, v in wanted.items() if getattr(inner, k, None) is use_stepsize_tol}
             if missing:
                 chord = controller is None and isinstance(inner, diffrax.VeryChord | optx.Chord)
-                changes[field.name] = optx.Newton(**wanted) if chord else dataclasses.replace(inner, **missing)
+                newton = StageNewton(**wanted, cauchy_termination=False)
+                changes[field.name] = newton if chord else dataclasses.replace(inner, **missing)
     return dataclasses.replace(solver, **changes) if changes else solver
 
 

@@ -32,10 +32,20 @@ def _structure(dtype=None):
 def _reference(grid, structure, key, area):
     """Every row asked of diffrax's tree, its tolerance half the shortest step."""
     left, right = np.asarray(grid.left), np.asarray(grid.right)
-    low, high = np.minimum(left, right), np.maximum(left, right)
+    return _asked(np.minimum(left, right), np.maximum(left, right), structure, key, area)
+
+
+def _asked(low, high, structure, key, area):
     tree = dfx.VirtualBrownianTree(low.min(), high.max(), (high - low).min() / 2, structure, key=key, levy_area=area)
     ask = lambda a, b: tree.evaluate(a, b, use_levy=True)
     return jax.jit(jax.vmap(ask))(jnp.asarray(low), jnp.asarray(high))
+
+
+def _scaled(grid, structure, key, area):
+    """As `_reference` for equal steps, of the tree over [0, 1], where their ends are exact, scaled as motion scales."""
+    ends = np.arange(grid.num_rows + 1) / grid.num_rows
+    rows = _asked(ends[:-1], ends[1:], structure, key, area)
+    return jax.tree.map(lambda x: x * np.sqrt(float(grid.right[-1] - grid.left[0])), rows)
 
 
 FEW = {("8 steps", "WHK"), ("8 steps", "W"), ("uneven", "WHK"), ("decreasing", "WH")}
@@ -49,6 +59,13 @@ def test_every_row_is_that_of_diffrax_s_tree(name, area):
     grid, key = GRIDS[name], jax.random.key(11)
     path = sf.paths.GridBrownian(grid, _structure(), key=key, levy_area=AREAS[area], storage="tree")
     reference = _reference(grid, _structure(), key, AREAS[area])
+    if name == "16 steps elsewhere":
+        # diffrax turns times into parts of the whole, here off by a rounding. Over one Brownian motion moves by about
+        # its root, 1.5e-8: diffrax's answer is as far from that at the node, which ours is.
+        inexact, reference = reference, _scaled(grid, _structure(), key, AREAS[area])
+        for field in "WHK"[: len(area)]:
+            apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *(getattr(r, field) for r in (inexact, reference)))  # fmt: skip
+            assert max(apart.values()) < 1e-7
     # Backwards, W and K change their sign and H does not.
     sign = -1 if name.startswith("decreasing") else 1
     for field, factor in (("W", sign), ("H", 1), ("K", sign))[: len(area)]:

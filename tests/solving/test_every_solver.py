@@ -214,6 +214,26 @@ def test_implicit_euler_is_the_closed_form():
     np.testing.assert_allclose(sol.final, 2.0 * 6.0**-10, rtol=1e-6)
 
 
+# In float32 the residual of a stiff stage is rounded to far more than any tolerance that suits its root.
+@pytest.mark.parametrize("name", ["ImplicitEuler", "Kvaerno3", pytest.param("Kvaerno5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_stiff_equations_are_solved_at_every_size_of_the_state(name, dtype):
+    solver = getattr(dfx, name)()
+    solve = lambda rate, rest, y0: sf.solve(
+        sf.ODE(lambda t, y, args: -args[0] * (y - args[1])), y0, [0.0, 1.0], dt0=0.1, solver=solver,
+        args=(jnp.asarray(rate, dtype), jnp.asarray(rest, dtype)), throw=False,
+    )  # fmt: skip
+    for size in (1e-6, 1.0, 1e4):
+        sol = solve(50.0, 0.0, jnp.array([1.0, 100.0], dtype) * size)
+        assert sf.is_okay(sol.result), size
+        np.testing.assert_array_less(np.abs(sol.final), 1e-4 * size)
+    for rest in (1.0, 100.0, 1e4):
+        sol = solve(500.0, rest, jnp.array([rest + 1], dtype))
+        assert sf.is_okay(sol.result), rest
+        # What is left of the start after ten steps is less than 1e-10.
+        np.testing.assert_allclose(sol.final, rest, rtol=8 * np.finfo(dtype).eps, atol=1e-10)
+
+
 # y' = 0.3 + y^2 by implicit Euler with steps of one half: y = b + h (0.3 + y^2) soon has no real root.
 def _rootless(throw, solver=None):
     return sf.solve(

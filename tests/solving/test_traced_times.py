@@ -177,3 +177,12 @@ def test_check_raises_it_inside_of_a_trace():
     run = jax.jit(lambda ts: sf.check(sf.solve(DECAY, Y, ts, steps_per_interval=3)).final)
     with pytest.raises(Exception, match="traced times do not fit"):
         jax.block_until_ready(run(jnp.array(BAD["not sorted"])))
+
+
+# Inside jit an entry of an array of JAX is traced even where the array is not.
+@pytest.mark.parametrize("name", ["fixed", "raw terms", "adaptive"])
+def test_known_times_may_be_arrays_of_jax_inside_jit(name):
+    more = {"stepsize_controller": PID} if name == "adaptive" else {}
+    equation = dfx.ODETerm(lambda t, y, args: -y) if name == "raw terms" else DECAY
+    run = lambda ts: lambda y: sf.solve(equation, y, ts, dt0=0.1, solver=dfx.Heun(), **more).ys
+    np.testing.assert_array_equal(jax.jit(run(jnp.asarray(TS)))(Y), jax.jit(run(TS))(Y))
