@@ -40,6 +40,10 @@ with warnings.catch_warnings():
             "the best parameters so far were kept."
         )
         interrupted = "Training was interrupted. The state so far was kept."
+        degenerate_diffusion = (
+            "The divergence of two path laws is infinite or NaN while the solution is finite: the diffusion is 0 "
+            "somewhere. Keep it away from 0, e.g. add 0.001 to what a softplus gives."
+        )
         bad_times = (
             "The traced times do not fit: they are not finite, not strictly monotone (only the last may be repeated, "
             "as padding), closer than their precision can tell apart, not those of the grid, or decreasing where "

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._compat import unwrap
+from .._results import RESULTS, is_okay, promote
 from ..adjoints import DiscreteAdjoint, ReversibleAdjoint
 from ..adjoints._freeze import freeze
 from ..solvers._charging import Charging, beside
@@ -109,7 +110,18 @@ def charged(
     if integrals:
         final, values = final
         penalties |= {type(r).__name__: x for r, x in zip(integrals, values)}
+        out = out._replace(result=_judged(integrals, values, final, out.result))
     return out._replace(final=final), {type(r).__name__: penalties[type(r).__name__] for r in regularisers}
+
+
+def _judged(integrals: Sequence[Any], values: Sequence[Any], final: Any, result: Any) -> Any:
+    """The result, with the failure of an integral that is not finite along a solution that is."""
+    finite = lambda tree: jnp.array([jnp.isfinite(x).all() for x in jtu.tree_leaves(tree)]).all()
+    for r, value in zip(integrals, values):
+        if r.failure is not None:
+            failed = is_okay(result) & finite(final) & ~jnp.isfinite(value)
+            result = RESULTS.where(failed, getattr(RESULTS, r.failure), promote(result))
+    return result
 
 
 def _split(readers: Sequence[Any], adjoint: Any) -> tuple[list[Any], list[Any]]:

@@ -26,7 +26,12 @@ def _square(tree: PyTree) -> Array:
 
 
 class AbstractStateRegulariser(AbstractRegulariser):
-    """The integral of a rate along the solution."""
+    """The integral of a rate along the solution.
+
+    ``failure`` names the member of `sdeflow.RESULTS` that says that the integral is not finite where the solution is.
+    """
+
+    failure: ClassVar[str | None] = None
 
     def draw(self, key: Any, y0: PyTree) -> Any:
         """What is drawn once for a whole solve."""
@@ -92,7 +97,8 @@ class PathKL(AbstractStateRegulariser):
 
     Arguments:
         prior: ``prior(t, y, args)``, another drift.
-        diffusion: ``diffusion(t, y, args)``, of the structure of y, nowhere 0.
+        diffusion: ``diffusion(t, y, args)``, of the structure of y, nowhere 0; where it is, the solve ends as
+            ``RESULTS.degenerate_diffusion``. Its signs do not matter.
         args: handed on to both.
 
     Source: Li, Wong, Chen and Duvenaud, Scalable gradients for stochastic differential equations, 2020,
@@ -108,6 +114,7 @@ class PathKL(AbstractStateRegulariser):
         12.0
     """
 
+    failure: ClassVar[str | None] = "degenerate_diffusion"
     prior: Callable[[Any, PyTree, Any], PyTree]
     diffusion: Callable[[Any, PyTree, Any], PyTree]
     args: Any = None

@@ -52,3 +52,27 @@ def test_it_is_differentiable_in_both_drifts_and_in_the_diffusion():
     wanted = [(value(at + e) - value(at - e)) / (2 * eps) for e in eps * jnp.eye(3)]
     np.testing.assert_allclose(slope, wanted, rtol=1e-6)
     assert float(jnp.abs(slope).min()) > 1e-3
+
+
+@pytest.mark.parametrize("gap", [0.0, 1.0])
+def test_where_there_is_no_noise_the_solve_says_so(gap):
+    noise = lambda t, y, args: jnp.where(t < 0.5, 0.3, 0.0) * jnp.ones_like(y)
+    sde = sf.SDE(lambda t, y, args: gap * jnp.ones_like(y), noise, additive=True)
+    solve = lambda **options: sf.solve(
+        sde, jnp.zeros(2), [0.0, 1.0], dt0=0.1, key=jr.key(0), regularisers=(PathKL(level(0.0), noise),), **options
+    )
+    sol = solve(throw=False)
+    assert bool(sol.result == sf.RESULTS.degenerate_diffusion)
+    assert bool(jnp.isfinite(sol.final).all())
+    with pytest.raises(sf.SolveError, match=r"the diffusion is 0 somewhere\. Keep it away from 0"):
+        solve()
+
+
+def test_the_sign_of_the_diffusion_does_not_matter():
+    values = []
+    for sign in (1.0, -1.0):
+        sde = sf.SDE(level(0.9), level(sign * 0.4), additive=True)
+        kl = PathKL(level(0.3), level(sign * 0.4))
+        sol = sf.solve(sde, jnp.zeros(2), [0.0, 1.0], dt0=0.1, key=jr.key(0), regularisers=(kl,))
+        values.append(float(sol.penalties["PathKL"]))
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
