@@ -8,9 +8,10 @@ methods.
     neural methods    a state of 32 numbers, networks of width 32, one Euler step (midpoint for the controlled equation)
                       between two observations, in the pure mode: the same updates of AdamW in batches of 32 with a
                       cosine schedule, and in every epoch another share of the observations hidden. Two first rates are
-                      tried, by the cross entropy of a fifth of the training data held out, by one seed that is not reported, at half of the
-                      values missing; the better one then trains on all training data. The last parameters count, and
-                      8 paths of the noise. The runs of a method train side by side in one program.
+                      tried with a fifth of the training data held out, by one seed that is not reported, at half of the
+                      values missing; the one with the lower cross entropy there trains on all training data. The last
+                      parameters count, and 8 paths of the noise. The runs of a method train side by side in one
+                      program.
     MiniRocket        aeon's, with its own defaults; gaps filled by straight lines, series stretched to one length
 
 Speed. One training step (value and gradient) of a Langevin model, batch 64, a state of 32, 100 Euler steps, two
