@@ -47,7 +47,7 @@ from sdeflow.data import TimeSeries, read_ts
 from . import _harness as harness
 from ._harness import Claim, Method, Options, Row, Spread
 
-STEPS = {"BasicMotions": 300, "JapaneseVowels": 500, "PickupGestureWiimoteZ": 240}
+STEPS = {"BasicMotions": 300, "JapaneseVowels": 500, "PickupGestureWiimoteZ": 120}
 SIZE, RATES, SWEEP_SEED = 32, (3e-3, 1e-2), 100
 #: the accuracy to reach, of the spec's miniature: data, share missing, method -> mean
 MARKS = {
@@ -221,7 +221,7 @@ class Score(Row):
     @property
     def verdict(self) -> str:
         """PASS or MISS."""
-        return "" if self.mark is None else ("PASS" if self.mean + self.error >= self.mark else "MISS")
+        return "" if self.mark is None else ("PASS" if self.mean + self.error >= self.mark - 1e-9 else "MISS")
 
 
 def table(found: list[Figure], name: str, missing: float) -> Claim:
@@ -254,6 +254,17 @@ def table(found: list[Figure], name: str, missing: float) -> Claim:
     )
 
 
+def write(found: list[Figure], path: Path) -> None:
+    """Every figure, with the command that makes them."""
+    with open(path, "w", newline="") as file:
+        file.write("# python -m benchmarks series --full\n")
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in dataclasses.fields(Figure)])
+        for x in found:
+            row = dataclasses.asdict(x) | {"accuracy": f"{x.accuracy:.4f}", "seconds": f"{x.seconds:.1f}"}
+            writer.writerow(row.values())
+
+
 def run(options: Options) -> list[Claim]:
     """Speed, then accuracy."""
     if options.quick:
@@ -264,13 +275,7 @@ def run(options: Options) -> list[Claim]:
         found += figures(name, shares, seeds)
         claims += [table(found, name, missing) for missing in shares]
     if options.full:
-        with open(Path(__file__).with_name("series.csv"), "w", newline="") as file:
-            file.write("# python -m benchmarks series --full\n")
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in dataclasses.fields(Figure)])
-            writer.writerows(
-                [x.data, x.missing, x.method, x.seed, x.rate, f"{x.accuracy:.4f}", f"{x.seconds:.1f}"] for x in found
-            )
+        write(found, Path(__file__).with_name("series.csv"))
     return claims
 
 
