@@ -209,19 +209,19 @@ class AbstractLatentModel(eqx.Module):
 
 
 class _Context(eqx.Module):
-    """What the posterior knows at a time: a summary of all from the next observation on, and when that is."""
+    """What the posterior knows at a time: the next observation, when it is, and a summary of all from it on."""
 
     times: Array
-    summaries: Array
+    features: Array
     end: Array
 
-    def at(self, t: Any) -> tuple[Array, Array, Array]:
-        """Features, how long it is to the next observation, and whether there is one."""
+    def at(self, t: Any) -> tuple[Array, Array]:
+        """Features, and whether there is an observation to come."""
         t = jnp.asarray(t, self.times.dtype)
         i = jnp.searchsorted(self.times, t, side="right", method="compare_all")
         i = jnp.minimum(i, self.times.shape[0] - 1)
         gap = jnp.maximum(self.times[i] - t, 0)
-        return jnp.concatenate([self.summaries[i], gap[None]]), gap, t < self.end
+        return jnp.concatenate([self.features[i], bounded_time(t), gap[None]]), t < self.end
 
 
 class _Prior(AbstractEquation):
@@ -250,8 +250,7 @@ class _Posterior(AbstractEquation):
 
     def push(self, t: Any, y: Array, context: _Context) -> Array:
         """U: linear in the state with coefficients that know the context, and a bounded rest."""
-        seen, _, more = context.at(t)
-        seen = jnp.concatenate([bounded_time(t), seen])
+        seen, more = context.at(t)
         u = self.slope(seen) * y + self.bend(jnp.concatenate([seen, y]))
         return jnp.where(more, u, 0)
 
@@ -285,8 +284,8 @@ class _Charge(PathKL):
 class LatentSDE(AbstractLatentModel):
     r"""A latent stochastic equation: a prior dz = h(t, z) dt + g(z) dW, and a posterior with drift h + g u.
 
-    The posterior's u sees a summary of the observations to come, made by a gated recurrent unit that reads them
-    backwards with their times, and how long it is to the next of them; it is linear in z with coefficients of these,
+    The posterior's u sees the next observation, how long it is to it, and a summary of all from it on, made by a gated
+    recurrent unit that reads them backwards with their times; it is linear in z with coefficients of these,
     plus a network. The noise is diagonal, g_i a function of z_i that is at least 0.001. `fit` it with
     ``sf.losses.ELBO(kl_warmup=...)``.
 
@@ -339,8 +338,9 @@ class LatentSDE(AbstractLatentModel):
         h = MLP(1 + latent_size, latent_size, width=width, depth=2, activation=jax.nn.softplus, key=keys[1])
         one = lambda key: MLP(1, 1, width=width, depth=1, activation=jax.nn.softplus, key=key)
         g = _EachNoise(eqx.filter_vmap(one)(jax.random.split(keys[2], latent_size)), 1e-3)
-        slope = MLP(2 + context, latent_size, width=width, depth=1, key=keys[3])
-        bend = MLP(2 + context + latent_size, latent_size, width=width, depth=2, key=keys[4])
+        known = context + 2 * channels + 2
+        slope = MLP(known, latent_size, width=width, depth=2, key=keys[3])
+        bend = MLP(known + latent_size, latent_size, width=width, depth=2, key=keys[4])
         # The posterior starts from the prior.
         still = lambda net: eqx.tree_at(lambda n: n.layers[-1].weight, net, 0.1 * net.layers[-1].weight)
         self.posterior = _Posterior(_Prior(h, g), still(slope), still(bend))  # pyright: ignore[reportCallIssue]
@@ -363,18 +363,20 @@ class LatentSDE(AbstractLatentModel):
 
         def row(h: Array, row: Any) -> tuple[Array, Array]:
             x, m, gap = row
-            new = self.cell(jnp.concatenate([jnp.where(m, x, 0), m.astype(h.dtype), gap[None]]), h)
-            h = jnp.where(m.any(), new, h)
+            h = jnp.where(m.any(), self.cell(jnp.concatenate([x, m, gap[None]]), h), h)
             return h, h
 
         some = seen.any(axis=1)
-        shown, following, end = _observed_times(times, some)
-        gaps = jnp.where(some, following - times, 0).astype(values.dtype)
+        following, after, end = _next_observed(times, some)
+        gaps = jnp.where(some, after - times, 0).astype(values.dtype)
         start = jnp.zeros(self.cell.hidden_size, values.dtype)
-        whole, summaries = jax.lax.scan(row, start, (values, seen, gaps), reverse=True)
+        filled, marks = jnp.where(seen, values, 0), seen.astype(values.dtype)
+        whole, summaries = jax.lax.scan(row, start, (filled, marks, gaps), reverse=True)
         mean, raw = jnp.split(self.begin(whole), 2)
-        # A row without observations has the summary of the next one that has any, and its time.
-        return mean, jax.nn.softplus(raw) + 1e-3, _Context(shown, summaries, end)
+        # A row without observations has what the next one with any has, and its time.
+        features = jnp.concatenate([summaries, filled, marks], axis=1)[following]
+        context = _Context(jnp.minimum(times[following], end), features, end)
+        return mean, jax.nn.softplus(raw) + 1e-3, context
 
     def path(self, z: Array, times: Array, context: Any, *, key: Any, regularisers: Any) -> tuple[Solution, Array]:
         """A path from ``z``, and its divergence from the prior in nats; the prior's where ``context`` is None."""
@@ -456,15 +458,17 @@ class LatentODE(AbstractLatentModel):
         return sol, jnp.zeros((), z.dtype)
 
 
-def _observed_times(times: Array, some: Array) -> tuple[Array, Array, Array]:
-    """For every row the time of the first observation from it on, and after it; and the time of the last observation.
+def _next_observed(times: Array, some: Array) -> tuple[Array, Array, Array]:
+    """For every row the number of the first one from it on that has an observation, and the time of that after it.
 
-    Where there is none, the last one's time, and the row's own.
+    Where there is none, the last row, and the row's own time. Also the time of the last observation.
     """
-    here = jax.lax.associative_scan(jnp.minimum, jnp.where(some, times, jnp.inf), reverse=True)
-    after = jnp.concatenate([here[1:], jnp.full_like(here[:1], jnp.inf)])
-    end = jnp.max(jnp.where(some, times, times[0]))
-    return jnp.where(jnp.isfinite(here), here, end), jnp.where(jnp.isfinite(after), after, times), end
+    count = times.shape[0]
+    here = jax.lax.associative_scan(jnp.minimum, jnp.where(some, jnp.arange(count), count), reverse=True)
+    later = jnp.concatenate([here[1:], jnp.full_like(here[:1], count)])
+    last = jnp.minimum(here, count - 1)
+    after = jnp.where(later < count, times[jnp.minimum(later, count - 1)], times)
+    return last, after, jnp.max(jnp.where(some, times, times[0]))
 
 
 def _fields(batch: SeriesBatch) -> tuple[Array, Array, Array]:
