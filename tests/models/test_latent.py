@@ -49,13 +49,16 @@ def test_the_bound_is_likelihood_less_divergence(kind):
 def test_both_divergences_are_those_of_what_is_solved():
     """With u = 0 and the posterior of the start equal to its prior there is none; a constant u has |u|^2 T / 2."""
     model, data = model_of(LatentSDE), walks()
-    off = lambda net, bias: eqx.tree_at(
-        lambda n: (n.layers[-1].weight, n.layers[-1].bias), net, (0 * net.layers[-1].weight, jnp.full(3, bias))
-    )
+    last = lambda net: (net.layers[-1].weight, net.layers[-1].bias)
+    set_to = lambda net, bias: eqx.tree_at(last, net, (0 * net.layers[-1].weight, jnp.asarray(bias)))
     still = eqx.tree_at(
-        lambda m: (m.posterior.slope, m.posterior.bend, m.begin),
+        lambda m: (m.posterior.pull, m.posterior.bend, m.begin),
         model,
-        (off(model.posterior.slope, 0.0), off(model.posterior.bend, 0.3), jax.tree.map(jnp.zeros_like, model.begin)),
+        (
+            set_to(model.posterior.pull, [-100.0] * 3 + [0.0] * 3),
+            set_to(model.posterior.bend, [0.3] * 3),
+            jax.tree.map(jnp.zeros_like, model.begin),
+        ),
     )
     spread = jax.nn.softplus(0.0) + 1e-3
     still = eqx.tree_at(lambda m: m.start_log_scale, still, jnp.full(3, jnp.log(spread)))

@@ -243,15 +243,16 @@ class _Posterior(AbstractEquation):
     """dz = (h(t, z) + g(z) u(t, z, context)) dt + g(z) dW."""
 
     prior: _Prior
-    slope: MLP
+    pull: MLP
     bend: MLP
     interpretation: ClassVar[str] = "ito"  # pyright: ignore
     additive: ClassVar[bool] = False  # pyright: ignore
 
     def push(self, t: Any, y: Array, context: _Context) -> Array:
-        """U: linear in the state with coefficients that know the context, and a bounded rest."""
+        """U: a pull towards a target, both of which know what is to come, and a rest."""
         seen, more = context.at(t)
-        u = self.slope(seen) * y + self.bend(jnp.concatenate([seen, y]))
+        strength, target = jnp.split(self.pull(seen), 2)
+        u = jax.nn.softplus(strength) * (target - y) + self.bend(jnp.concatenate([seen, y]))
         return jnp.where(more, u, 0)
 
     def drift(self, t: Any, y: Array, args: Any) -> Array:
@@ -285,9 +286,9 @@ class LatentSDE(AbstractLatentModel):
     r"""A latent stochastic equation: a prior dz = h(t, z) dt + g(z) dW, and a posterior with drift h + g u.
 
     The posterior's u sees the next observation, how long it is to it, and a summary of all from it on, made by a gated
-    recurrent unit that reads them backwards with their times; it is linear in z with coefficients of these,
-    plus a network. The noise is diagonal, g_i a function of z_i that is at least 0.001. `fit` it with
-    ``sf.losses.ELBO(kl_warmup=...)``.
+    recurrent unit that reads them backwards with their times. It pulls z towards a target, with a strength and a target
+    that depend on what it sees, as it does where everything is linear and normal; a network of z is added. The noise is
+    diagonal, g_i a function of z_i that is at least 0.001. `fit` it with ``sf.losses.ELBO(kl_warmup=...)``.
 
     Arguments:
         channels: C, the channels of the series.
@@ -339,11 +340,14 @@ class LatentSDE(AbstractLatentModel):
         one = lambda key: MLP(1, 1, width=width, depth=1, activation=jax.nn.softplus, key=key)
         g = _EachNoise(eqx.filter_vmap(one)(jax.random.split(keys[2], latent_size)), 1e-3)
         known = context + 2 * channels + 2
-        slope = MLP(known, latent_size, width=width, depth=2, key=keys[3])
+        pull = MLP(known, 2 * latent_size, width=width, depth=2, key=keys[3])
         bend = MLP(known + latent_size, latent_size, width=width, depth=2, key=keys[4])
-        # The posterior starts from the prior.
-        still = lambda net: eqx.tree_at(lambda n: n.layers[-1].weight, net, 0.1 * net.layers[-1].weight)
-        self.posterior = _Posterior(_Prior(h, g), still(slope), still(bend))  # pyright: ignore[reportCallIssue]
+        # The posterior starts near the prior: a bend of nearly nothing, and a weak pull.
+        last = lambda net: (net.layers[-1].weight, net.layers[-1].bias)
+        (w, b), (v, c) = last(bend), last(pull)
+        bend = eqx.tree_at(last, bend, (0.1 * w, 0.1 * b))
+        pull = eqx.tree_at(last, pull, (v, c.at[:latent_size].set(-2.0)))
+        self.posterior = _Posterior(_Prior(h, g), pull, bend)  # pyright: ignore[reportCallIssue]
         self.cell = eqx.nn.GRUCell(2 * channels + 1, context, key=keys[5])
         self.begin = eqx.nn.Linear(context, 2 * latent_size, key=keys[6])
         self.start_mean, self.start_log_scale = jnp.zeros(latent_size), jnp.zeros(latent_size)
