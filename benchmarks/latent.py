@@ -101,7 +101,8 @@ def ornstein_uhlenbeck(options: Options) -> Claim:
     new_times, new_values = ou_series(256, 1)
     test = TimeSeries.from_arrays(list(new_times), list(new_values), like=data)
     model = sf.models.LatentSDE(
-        1, latent_size=1, width=32, context_size=32, decoder="identity", noise=0.5, steps_per_interval=8,
+        1, latent_size=1, width=32, context_size=32, decoder="identity", noise=0.5, additive=True,
+        steps_per_interval=6,
         key=jax.random.key(0),
     )  # fmt: skip
     model, seconds = trained(model, data, steps, 5e-3, steps // 10, 128)

@@ -39,6 +39,9 @@ from ._model import first_failure, key_of
 from ._ode_rnn import ODERNN
 
 
+_LEAST_NOISE = 1e-3
+
+
 class AbstractLatentModel(eqx.Module):
     """What latent models share: a decoder, noise of the observations, and all that is made of encoder and paths."""
 
@@ -229,8 +232,8 @@ class _Prior(AbstractEquation):
 
     h: MLP
     g: Any
+    additive: bool = eqx.field(static=True)
     interpretation: ClassVar[str] = "ito"  # pyright: ignore
-    additive: ClassVar[bool] = False  # pyright: ignore
 
     def drift(self, t: Any, y: Array, args: Any) -> Array:
         return self.h(jnp.concatenate([bounded_time(t), y]))
@@ -245,8 +248,8 @@ class _Posterior(AbstractEquation):
     prior: _Prior
     pull: MLP
     bend: MLP
+    additive: bool = eqx.field(static=True)
     interpretation: ClassVar[str] = "ito"  # pyright: ignore
-    additive: ClassVar[bool] = False  # pyright: ignore
 
     def push(self, t: Any, y: Array, context: _Context) -> Array:
         """U: a pull towards a target, both of which know what is to come, and a rest."""
@@ -260,6 +263,16 @@ class _Posterior(AbstractEquation):
 
     def diffusion(self, t: Any, y: Array, args: Any) -> Array:
         return self.prior.g(y)
+
+
+class _SameNoise(eqx.Module):
+    """g_i = floor + softplus(level_i), everywhere."""
+
+    level: Array
+    floor: float = eqx.field(static=True)
+
+    def __call__(self, z: Array) -> Array:
+        return self.floor + jax.nn.softplus(self.level)
 
 
 class _EachNoise(eqx.Module):
@@ -288,7 +301,7 @@ class LatentSDE(AbstractLatentModel):
     The posterior's u sees the next observation, how long it is to it, and a summary of all from it on, made by a gated
     recurrent unit that reads them backwards with their times. It pulls z towards a target, with a strength and a target
     that depend on what it sees, as it does where everything is linear and normal; a network of z is added. The noise is
-    diagonal, g_i a function of z_i that is at least 0.001. `fit` it with ``sf.losses.ELBO(kl_warmup=...)``.
+    diagonal, g_i a function of z_i or a constant, at least 0.001. `fit` it with ``sf.losses.ELBO(kl_warmup=...)``.
 
     Arguments:
         channels: C, the channels of the series.
@@ -297,7 +310,10 @@ class LatentSDE(AbstractLatentModel):
         context_size: length of the summary.
         decoder: "network", or "identity" where H = C.
         noise: the standard deviation of observations to start from; it is learned, for each channel.
-        solver: a diffrax solver for Ito equations, Euler by default.
+        additive: whether g is the same everywhere. Then ShARK solves the equation, and the bound is that of small steps:
+            Euler's, as if the posterior took steps of the prior's variance, is lower by about (g^2 h / s^2)^2 / 4 for
+            every step of length h before an observation with standard deviation s, and drives g down.
+        solver: a diffrax solver, by default Euler for Ito equations, or ShARK.
         steps_per_interval: steps between two observations.
         key: a JAX random key for the initial weights.
 
@@ -328,17 +344,22 @@ class LatentSDE(AbstractLatentModel):
         context_size: int = 64,
         decoder: Literal["network", "identity"] = "network",
         noise: float = 0.1,
+        additive: bool = False,
         solver: diffrax.AbstractSolver | None = None,
         steps_per_interval: int = 4,
         key: PRNGKeyArray,
     ):
         keys = jax.random.split(key, 7)
-        solver = diffrax.Euler() if solver is None else solver
+        if solver is None:
+            solver = diffrax.ShARK() if additive else diffrax.Euler()
         self._set_up(channels, latent_size, width, decoder, noise, solver, steps_per_interval, keys[0])
         context = check_size("context_size", context_size)
         h = MLP(1 + latent_size, latent_size, width=width, depth=2, activation=jax.nn.softplus, key=keys[1])
         one = lambda key: MLP(1, 1, width=width, depth=1, activation=jax.nn.softplus, key=key)
-        g = _EachNoise(eqx.filter_vmap(one)(jax.random.split(keys[2], latent_size)), 1e-3)
+        if additive:
+            g = _SameNoise(jnp.zeros(latent_size), _LEAST_NOISE)
+        else:
+            g = _EachNoise(eqx.filter_vmap(one)(jax.random.split(keys[2], latent_size)), _LEAST_NOISE)
         known = context + 2 * channels + 2
         pull = MLP(known, 2 * latent_size, width=width, depth=2, key=keys[3])
         bend = MLP(known + latent_size, latent_size, width=width, depth=2, key=keys[4])
@@ -347,7 +368,7 @@ class LatentSDE(AbstractLatentModel):
         (w, b), (v, c) = last(bend), last(pull)
         bend = eqx.tree_at(last, bend, (0.1 * w, 0.1 * b))
         pull = eqx.tree_at(last, pull, (v, c.at[:latent_size].set(-2.0)))
-        self.posterior = _Posterior(_Prior(h, g), pull, bend)  # pyright: ignore[reportCallIssue]
+        self.posterior = _Posterior(_Prior(h, g, additive), pull, bend, additive)  # pyright: ignore[reportCallIssue]
         self.cell = eqx.nn.GRUCell(2 * channels + 1, context, key=keys[5])
         self.begin = eqx.nn.Linear(context, 2 * latent_size, key=keys[6])
         self.start_mean, self.start_log_scale = jnp.zeros(latent_size), jnp.zeros(latent_size)
