@@ -38,7 +38,6 @@ from ._drive import check_series, over_series
 from ._model import first_failure, key_of
 from ._ode_rnn import ODERNN
 
-
 _LEAST_NOISE = 1e-3
 
 
@@ -310,8 +309,8 @@ class LatentSDE(AbstractLatentModel):
         context_size: length of the summary.
         decoder: "network", or "identity" where H = C.
         noise: the standard deviation of observations to start from; it is learned, for each channel.
-        additive: whether g is the same everywhere. Then ShARK solves the equation, and the bound is that of small steps:
-            Euler's, as if the posterior took steps of the prior's variance, is lower by about (g^2 h / s^2)^2 / 4 for
+        additive: whether g is the same everywhere. Then ShARK solves the equation, and the bound is that of small
+            steps: that of Euler, whose steps have the variance of the prior, is lower by about (g^2 h / s^2)^2 / 4 for
             every step of length h before an observation with standard deviation s, and drives g down.
         solver: a diffrax solver, by default Euler for Ito equations, or ShARK.
         steps_per_interval: steps between two observations.
