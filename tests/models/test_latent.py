@@ -129,6 +129,17 @@ def test_samples_have_their_shapes_and_gradients_are_finite(kind):
     assert np.mean(loss[-5:]) < np.mean(loss[:5])
 
 
+def test_noise_can_be_the_same_everywhere():
+    model = model_of(LatentSDE, additive=True)
+    assert model.prior.additive
+    assert type(model.solver).__name__ == "ShARK"
+    np.testing.assert_array_equal(
+        model.prior.diffusion(0.0, jnp.ones(3), None), model.prior.diffusion(1.0, -jnp.ones(3), None)
+    )
+    prediction = model(walks().batch(np.arange(6)), key=KEY)
+    assert bool(jnp.isfinite(prediction.kl).all())
+
+
 def test_a_series_of_one_observation_has_a_bound():
     data = TimeSeries.from_arrays([[0.0], [1.0, 2.0]], [[[1.0, 2.0]], [[0.0, 1.0], [1.0, 1.0]]])
     for kind in KINDS:
