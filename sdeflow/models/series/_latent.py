@@ -309,9 +309,9 @@ class LatentSDE(AbstractLatentModel):
         context_size: length of the summary.
         decoder: "network", or "identity" where H = C.
         noise: the standard deviation of observations to start from; it is learned, for each channel.
-        additive: whether g is the same everywhere. Then ShARK solves the equation, and the bound is nearly that of small
-            steps. Euler's, whose steps have the variance of the prior, is lower by about (g^2 h / s^2)^2 / 4 for every
-            step of length h before an observation with standard deviation s, and drives g down.
+        additive: whether g is the same everywhere. Then ShARK solves the equation, and the bound is nearly that of
+            small steps. Euler's, whose steps have the variance of the prior, is lower by about (g^2 h / s^2)^2 / 4 for
+            every step of length h before an observation with standard deviation s, and drives g down.
         solver: a diffrax solver, by default Euler for Ito equations, or ShARK.
         steps_per_interval: steps between two observations.
         key: a JAX random key for the initial weights.
