@@ -1,6 +1,9 @@
 """Checks that every model makes of its options."""
 
+import math
 from typing import Any
+
+import diffrax
 
 
 def check_size(name: str, value: Any, least: int = 1) -> int:
@@ -25,3 +28,25 @@ def check_mode(mode: Any) -> str:
             f'mode must be "pure" (what theorems cover) or "benchmark" (the published experiments), got {mode!r}.'
         )
     return mode
+
+
+def check_noise(noise: Any) -> float:
+    """A standard deviation.
+
+    Raises:
+        ValueError: unless it is positive and finite.
+    """
+    if not 0 < noise < math.inf:
+        raise ValueError(f"noise must be positive and finite, got {noise!r}.")
+    return float(noise)
+
+
+def check_solver(solver: Any) -> diffrax.AbstractSolver:
+    """A solver.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if not isinstance(solver, diffrax.AbstractSolver):
+        raise TypeError(f"solver must be an instance of a diffrax solver, got {solver!r}.")
+    return solver

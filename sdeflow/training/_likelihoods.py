@@ -7,10 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ..metrics import energy_score
 from ._losses import Scored, observations
 from ._prediction import Prediction
 from ._rows import row_mean
 from ._sum import AbstractPredictionLoss, Metrics
+
+
+def log_normal(error: Array, scale: Any) -> Array:
+    """The log density, in nats, of normal noise with standard deviation ``scale`` at ``error``."""
+    return -((error / scale) ** 2) / 2 - jnp.log(scale) - jnp.log(2 * jnp.pi) / 2
 
 
 def _log_likelihood(prediction: Prediction, batch: PyTree, name: str) -> tuple[Any, Scored]:
@@ -23,8 +29,7 @@ def _log_likelihood(prediction: Prediction, batch: PyTree, name: str) -> tuple[A
     seen = observations(name, prediction, batch)
     scale = jnp.broadcast_to(prediction.scale, jnp.broadcast_shapes(jnp.shape(prediction.scale), seen.wanted.shape))
     scale = jnp.where(seen.observed, scale, 1)[:, None]
-    each = -((seen.error / scale) ** 2) / 2 - jnp.log(scale) - jnp.log(2 * jnp.pi) / 2
-    each = jnp.where(seen.observed[:, None], each, 0)
+    each = jnp.where(seen.observed[:, None], log_normal(seen.error, scale), 0)
     joint = each.sum(axis=tuple(range(2, each.ndim)))
     return jax.nn.logsumexp(joint, axis=1) - jnp.log(float(joint.shape[1])), seen
 
@@ -138,20 +143,13 @@ class EnergyScore(AbstractPredictionLoss):
             raise ValueError(
                 "EnergyScore compares samples, and the prediction has one: build a SeriesModel with num_samples=8, say."
             )
-        steps = error.ndim == 4 and self.over == "step"
-        axes = (-1,) if steps else tuple(range(2, error.ndim))
-        count = error.shape[1]
-        accuracy = _norm(error, axes).mean(axis=1)
-        i, j = jnp.triu_indices(count, 1)
-        spread = _norm(error[:, i] - error[:, j], axes).mean(axis=1) / 2
-        score = accuracy - spread
-        if not steps:
-            return row_mean(score, seen.weight, (seen.counts > 0).astype(score.dtype)), {}
-        times = seen.observed.any(axis=-1).sum(axis=1).astype(score.dtype)
-        return row_mean(score.sum(axis=1), seen.weight, times), {}
-
-
-def _norm(x: Array, axes: tuple[int, ...]) -> Array:
-    """The Euclidean norm, with derivative 0 at 0."""
-    square = jnp.sum(x**2, axis=axes)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        if self.over == "step" and error.ndim == 4:
+            wide = seen.observed
+        else:
+            error = error.reshape(*error.shape[:2], -1)
+            wide = seen.observed.reshape(len(seen.observed), -1)
+        # Errors are samples about what was observed.
+        score = energy_score(jnp.moveaxis(error, 1, 0), jnp.zeros(wide.shape, error.dtype), mask=wide)
+        counts = wide.any(axis=-1)
+        score = jnp.where(counts, score, 0).reshape(len(counts), -1)
+        return row_mean(score.sum(axis=1), seen.weight, counts.reshape(score.shape).sum(axis=1).astype(score.dtype)), {}

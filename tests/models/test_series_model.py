@@ -14,7 +14,7 @@ import pytest
 import sdeflow as sf
 from sdeflow.data import TimeSeries, simulated_series
 from sdeflow.models import NeuralLangevinSDE, SeriesModel
-from sdeflow.models.series._model import _Row
+from sdeflow.models.series._base import Row
 from sdeflow.paths import linear_control
 from sdeflow.training import CrossEntropy, fit
 
@@ -212,7 +212,7 @@ def test_more_samples_average_probabilities():
     own = jax.vmap(lambda i: jr.split(jr.fold_in(KEY, i), 3))(batch.ids)
 
     def one(times, values, key):
-        return jax.nn.softmax(model.readout(model._walk(_Row(times, values, None, None, None, None), key)[0].final))
+        return jax.nn.softmax(model.readout(model._walk(Row(times, values, None, None, None, None), key)[0].final))
 
     each = jax.jit(jax.vmap(jax.vmap(one, (None, None, 0))))
     share = each(jnp.asarray(batch.times), jnp.asarray(batch.values), own)

@@ -28,20 +28,21 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ...data import SeriesBatch, TimeSeries
 from ...equations import AbstractEquation
-from ...regularisers import PathKL
+from ...regularisers._states import AbstractStateRegulariser
 from ...solving import Solution, solve
 from ...training import Prediction
-from .._checks import check_size
+from ...training._likelihoods import log_normal
+from .._checks import check_noise, check_size, check_solver
 from .._plain import NeuralODE
 from ..fields import MLP, bounded_time
+from ._base import AbstractSeriesModel, Row, first_failure, key_of
 from ._drive import check_series, over_series
-from ._model import first_failure, key_of
 from ._ode_rnn import ODERNN
 
 _LEAST_NOISE = 1e-3
 
 
-class AbstractLatentModel(eqx.Module):
+class AbstractLatentModel(AbstractSeriesModel):
     """What latent models share: a decoder, noise of the observations, and all that is made of encoder and paths."""
 
     decoder: Any
@@ -61,13 +62,9 @@ class AbstractLatentModel(eqx.Module):
             raise ValueError(
                 f"The identity decodes channels={channels} only from as many latent numbers, not {latent_size}."
             )
-        if not 0 < noise < float("inf"):
-            raise ValueError(f"noise must be positive and finite, got {noise!r}.")
-        if not isinstance(solver, diffrax.AbstractSolver):
-            raise TypeError(f"solver must be an instance of a diffrax solver, got {solver!r}.")
         self.decoder = None if decoder == "identity" else MLP(latent_size, channels, width=width, depth=1, key=key)
-        self.log_noise = jnp.full(channels, np.log(noise), jnp.result_type(float))
-        self.solver, self.steps_per_interval = solver, check_size("steps_per_interval", steps)
+        self.log_noise = jnp.full(channels, np.log(check_noise(noise)), jnp.result_type(float))
+        self.solver, self.steps_per_interval = check_solver(solver), check_size("steps_per_interval", steps)
 
     @abc.abstractmethod
     def encode(self, times: Array, values: Array) -> tuple[Array, Array, Any]:
@@ -91,16 +88,13 @@ class AbstractLatentModel(eqx.Module):
         Raises:
             ValueError: if the batch has another number of channels than the model.
         """
-        self._check_channels(batch)
-
-        def one(times: Array, values: Array, number: Array) -> Any:
-            return self._posterior(times, values, key_of(key, number), tuple(regularisers))
-
-        sol, kl = jax.vmap(one)(*_fields(batch))
+        self.check_batch(batch)
+        one = lambda row: self._posterior(row, key_of(key, row.number), tuple(regularisers))
+        sol, kl = jax.vmap(one)(Row.all(batch))
         # A series of one row was walked as if it had two.
         states = sol.ys[:, : batch.times.shape[1]]
         outputs = jax.vmap(jax.vmap(self.decode))(states)
-        penalties = {name: x for name, x in sol.penalties.items() if name != _Charge.__name__}
+        penalties = {name: x for name, x in sol.penalties.items() if name != _Bending.__name__}
         return Prediction(outputs, states, kl, penalties, first_failure(sol.result), scale=jnp.exp(self.log_noise))
 
     def decode(self, z: Float[Array, " H"]) -> Float[Array, " C"]:
@@ -139,75 +133,22 @@ class AbstractLatentModel(eqx.Module):
         ts = jnp.asarray(np.asarray(ts, np.float64), self.log_noise.dtype)
         return _prior(self, ts, check_size("num_samples", num_samples), key, noise)
 
-    def forecast(
-        self,
-        series: TimeSeries,
-        ts: Any,
-        num_samples: int = 100,
-        *,
-        key: PRNGKeyArray,
-        noise: bool = True,
-        batch_size: int = 64,
-        throw: bool = True,
-    ) -> Float[np.ndarray, "N S T C"]:
-        """Samples of every series at later times, shape (N, num_samples, T, C), in the units of ``series.values``.
+    def draw(self, row: Row, places: Array, key: PRNGKeyArray) -> tuple[Array, Any]:
+        """One path of one series at the rows ``places``, and how its solve ended."""
+        sol, _ = self._posterior(row, key)
+        return jax.vmap(self.decode)(sol.ys[places]), sol.result
 
-        Arguments:
-            series: N series: what is known.
-            ts: shape (T,) or (N, T), increasing user times after the last observation of each series.
-            num_samples: paths for each series.
-            key: a JAX random key; what is drawn for a series depends on it and on the id of the series.
-            noise: whether to add the noise of observations.
-            batch_size: series in one batch.
-            throw: raise if the solve of a series fails.
-
-        Raises:
-            TypeError: if ``series`` is no TimeSeries.
-            ValueError: for a time that is not after the last observation, naming the series.
-            SolveError: if the solve of a series fails, naming its id.
-        """
-        return self._at(series, ts, num_samples, key, noise, batch_size, throw, beyond=True)
-
-    def impute(
-        self,
-        series: TimeSeries,
-        ts: Any,
-        num_samples: int = 100,
-        *,
-        key: PRNGKeyArray,
-        noise: bool = True,
-        batch_size: int = 64,
-        throw: bool = True,
-    ) -> Float[np.ndarray, "N S T C"]:
-        """Samples of every series at any times from its first on; arguments, shapes and errors as in `forecast`."""
-        return self._at(series, ts, num_samples, key, noise, batch_size, throw, beyond=False)
-
-    def _at(self, series: Any, ts: Any, num_samples: int, key: Any, noise: bool, size: int, throw: bool, beyond: bool):
-        num_samples = check_size("num_samples", num_samples)
-        series, places = check_series(series).with_times(ts, beyond=beyond)
-        call = lambda batch, rows: _samples(self, batch, places[rows], key, num_samples, noise)
-        return over_series(call, series, size, throw)
-
-    def _posterior(self, times: Array, values: Array, key: PRNGKeyArray, charged: tuple[Any, ...] = ()) -> Any:
+    def _posterior(self, row: Row, key: PRNGKeyArray, charged: tuple[Any, ...] = ()) -> tuple[Solution, Array]:
         """A path given a series, and its divergence from the prior, start included."""
-        if times.shape[0] == 1:
-            times = jnp.repeat(times, 2)
-            values = jnp.concatenate([values, jnp.full_like(values, jnp.nan)])
+        row = row.walkable()
         for_start, for_path = jax.random.split(key)
-        mean, deviation, context = self.encode(times, values)
+        # What was not measured, such as counts of observations, is none of a latent model's business.
+        mean, deviation, context = self.encode(row.times, jnp.where(row.mask, row.values, jnp.nan))
         z = mean + deviation * jax.random.normal(for_start, mean.shape, mean.dtype)
-        sol, kl = self.path(z, times, context, key=for_path, regularisers=charged)
+        sol, kl = self.path(z, row.times, context, key=for_path, regularisers=charged)
         m, s = self.first_state()
         start = jnp.log(s / deviation) + (deviation**2 + (mean - m) ** 2) / (2 * s**2) - 0.5
         return sol, kl + start.sum()
-
-    def _check_channels(self, batch: Any) -> None:
-        shape = jnp.shape(batch.values)
-        if len(shape) != 3 or shape[2] != self.channels:
-            raise ValueError(
-                f"The model was built with channels={self.channels}, but the batch has values of shape {shape}; "
-                "it needs (B, L, C) with C the channels of the model."
-            )
 
 
 class _Context(eqx.Module):
@@ -231,8 +172,12 @@ class _Prior(AbstractEquation):
 
     h: MLP
     g: Any
-    additive: bool = eqx.field(static=True)
     interpretation: ClassVar[str] = "ito"  # pyright: ignore
+
+    @property
+    def additive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the noise is the same everywhere."""
+        return isinstance(self.g, _SameNoise)
 
     def drift(self, t: Any, y: Array, args: Any) -> Array:
         return self.h(jnp.concatenate([bounded_time(t), y]))
@@ -247,8 +192,12 @@ class _Posterior(AbstractEquation):
     prior: _Prior
     pull: MLP
     bend: MLP
-    additive: bool = eqx.field(static=True)
     interpretation: ClassVar[str] = "ito"  # pyright: ignore
+
+    @property
+    def additive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the noise is the same everywhere."""
+        return self.prior.additive
 
     def push(self, t: Any, y: Array, context: _Context) -> Array:
         """U: a pull towards a target, both of which know what is to come, and a rest."""
@@ -285,13 +234,14 @@ class _EachNoise(eqx.Module):
         return self.floor + jax.nn.softplus(each)
 
 
-class _Charge(PathKL):
-    """int |u|^2 / 2 dt, with u at hand and no division."""
+class _Bending(AbstractStateRegulariser):
+    """int |u|^2 / 2 dt, as `sdeflow.regularisers.PathKL` with u at hand and no division."""
 
-    push: Any = None
+    push: Any
+    context: _Context
 
     def rate(self, drift: Any, t: Any, y: Any, drawn: Any) -> Array:
-        return jnp.sum(self.push(t, y, self.args) ** 2) / 2
+        return jnp.sum(self.push(t, y, self.context) ** 2) / 2
 
 
 class LatentSDE(AbstractLatentModel):
@@ -367,7 +317,7 @@ class LatentSDE(AbstractLatentModel):
         (w, b), (v, c) = last(bend), last(pull)
         bend = eqx.tree_at(last, bend, (0.1 * w, 0.1 * b))
         pull = eqx.tree_at(last, pull, (v, c.at[:latent_size].set(-2.0)))
-        self.posterior = _Posterior(_Prior(h, g, additive), pull, bend, additive)  # pyright: ignore[reportCallIssue]
+        self.posterior = _Posterior(_Prior(h, g), pull, bend)  # pyright: ignore[reportCallIssue]
         self.cell = eqx.nn.GRUCell(2 * channels + 1, context, key=keys[5])
         self.begin = eqx.nn.Linear(context, 2 * latent_size, key=keys[6])
         self.start_mean, self.start_log_scale = jnp.zeros(latent_size), jnp.zeros(latent_size)
@@ -407,9 +357,9 @@ class LatentSDE(AbstractLatentModel):
         how = {"steps_per_interval": self.steps_per_interval, "solver": self.solver, "key": key, "throw": False}
         if context is None:
             return solve(self.prior, z, times, regularisers=regularisers, **how), jnp.zeros(())
-        charge = _Charge(self.prior.drift, self.prior.diffusion, context, self.posterior.push)  # pyright: ignore
+        charge = _Bending(self.posterior.push, context)
         sol = solve(self.posterior, z, times, args=context, regularisers=(charge, *regularisers), **how)
-        return sol, sol.penalties[_Charge.__name__]
+        return sol, sol.penalties[_Bending.__name__]
 
 
 class LatentODE(AbstractLatentModel):
@@ -495,48 +445,21 @@ def _next_observed(times: Array, some: Array) -> tuple[Array, Array, Array]:
     return last, after, jnp.max(jnp.where(some, times, times[0]))
 
 
-def _fields(batch: SeriesBatch) -> tuple[Array, Array, Array]:
-    # What was not measured, such as counts of observations, is none of a latent model's business.
-    values = jnp.where(jnp.asarray(batch.mask), jnp.asarray(batch.values), jnp.nan)
-    return jnp.asarray(batch.times), values, jnp.asarray(batch.ids)
-
-
 @eqx.filter_jit
 def _bounds(model: AbstractLatentModel, batch: SeriesBatch, key: PRNGKeyArray, num_samples: int) -> tuple[Array, Any]:
-    model._check_channels(batch)
-    scale = jnp.exp(model.log_noise)
+    model.check_batch(batch)
 
-    def one(times: Array, values: Array, number: Array) -> tuple[Array, Any]:
-        seen = ~jnp.isnan(values)
-
+    def one(row: Row) -> tuple[Array, Any]:
         def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
-            sol, kl = model._posterior(times, values, key)
-            error = (jax.vmap(model.decode)(sol.ys)[: values.shape[0]] - jnp.where(seen, values, 0)) / scale
-            nats = -(error**2) / 2 - jnp.log(scale) - jnp.log(2 * jnp.pi) / 2
-            return jnp.where(seen, nats, 0).sum() - kl, sol.result
+            sol, kl = model._posterior(row, key)
+            means = jax.vmap(model.decode)(sol.ys)[: row.times.shape[0]]
+            nats = log_normal(means - jnp.where(row.mask, row.values, 0), jnp.exp(model.log_noise))
+            return jnp.where(row.mask, nats, 0).sum() - kl, sol.result
 
-        found, result = jax.vmap(sample)(jax.random.split(key_of(key, number), num_samples))
+        found, result = jax.vmap(sample)(jax.random.split(key_of(key, row.number), num_samples))
         return found.mean(), first_failure(result)
 
-    return jax.vmap(one)(*_fields(batch))
-
-
-@eqx.filter_jit
-def _samples(
-    model: AbstractLatentModel, batch: SeriesBatch, places: Any, key: PRNGKeyArray, num_samples: int, noise: bool
-) -> tuple[Array, Any]:
-    model._check_channels(batch)
-
-    def one(places: Array, times: Array, values: Array, number: Array) -> tuple[Array, Any]:
-        def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
-            for_path, for_noise = jax.random.split(key)
-            sol, _ = model._posterior(times, values, for_path)
-            return _observed(model, sol.ys[places], noise, for_noise), sol.result
-
-        found, result = jax.vmap(sample)(jax.random.split(key_of(key, number), num_samples))
-        return found, first_failure(result)
-
-    return jax.vmap(one)(jnp.asarray(places), *_fields(batch))
+    return jax.vmap(one)(Row.all(batch))
 
 
 @eqx.filter_jit
@@ -546,11 +469,7 @@ def _prior(model: AbstractLatentModel, ts: Array, num_samples: int, key: PRNGKey
         mean, scale = model.first_state()
         z = mean + scale * jax.random.normal(for_start, mean.shape, mean.dtype)
         sol, _ = model.path(z, ts, None, key=for_path, regularisers=())
-        return _observed(model, sol.ys, noise, for_noise)
+        means = jax.vmap(model.decode)(sol.ys)
+        return model.observed(means, for_noise) if noise else means
 
     return jax.vmap(sample)(jax.random.split(key, num_samples))
-
-
-def _observed(model: AbstractLatentModel, states: Array, noise: bool, key: PRNGKeyArray) -> Array:
-    means = jax.vmap(model.decode)(states)
-    return means + jnp.exp(model.log_noise) * jax.random.normal(key, means.shape, means.dtype) if noise else means

@@ -10,7 +10,7 @@ X is a path through the observations, gaps filled. Every series is walked on its
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
@@ -20,14 +20,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..._results import is_okay
 from ...data import SeriesBatch, TimeSeries
 from ...equations import AbstractEquation
 from ...paths import hermite_control, linear_control, rectilinear_control
 from ...solving import Solution, solve
 from ...training import Prediction
-from .._checks import check_size
+from .._checks import check_noise, check_size, check_solver
 from ..fields import MLP
+from ._base import AbstractSeriesModel, Row, first_failure, key_of
 from ._drive import check_series, over_series
 from ._hide import hidden
 from ._ode_rnn import ODERNN
@@ -36,7 +36,7 @@ _TASKS = ("classify", "forecast", "impute")
 _CONTROLS = {"linear": linear_control, "hermite": hermite_control, "rectilinear": rectilinear_control}
 
 
-class SeriesModel(eqx.Module):
+class SeriesModel(AbstractSeriesModel):
     r"""A model of irregular time series: encoder, equation, readout.
 
     The first values of the (filled) series make the start of the state, the equation carries it along the series
@@ -124,23 +124,22 @@ class SeriesModel(eqx.Module):
             )
         if num_outputs is None and task == "classify":
             raise ValueError("Say num_outputs=, the number of classes, e.g. num_outputs=len(data.classes).")
-        if solver is not None and not isinstance(solver, diffrax.AbstractSolver):
-            raise TypeError(f"solver must be an instance of a diffrax solver, got {solver!r}.")
         outputs = channels if num_outputs is None else check_size("num_outputs", num_outputs)
         if task != "classify" and outputs > channels:
             raise ValueError(f"num_outputs={outputs} channels cannot be predicted, as the series have {channels}.")
         if not 0 < hide <= 1:
             raise ValueError(f"hide must be in (0, 1], got {hide!r}.")
-        if noise is not None and not 0 < noise < float("inf"):
-            raise ValueError(f"noise must be positive and finite, got {noise!r}.")
         encoder, readout = jax.random.split(key)
         self.dynamics = dynamics
         self.num_static = check_size("num_static", num_static, least=0)
         self.encoder = eqx.nn.Linear(channels + num_static, sizes[0], key=encoder)
         self.readout = MLP(sizes[0], outputs, width=sizes[0], depth=1, key=readout)
-        self.log_noise = None if noise is None else jnp.full(outputs, np.log(noise), jnp.result_type(float))
-        slopes = getattr(dynamics, "reads_slope", False)
-        self.solver = (diffrax.Midpoint() if slopes else diffrax.Euler()) if solver is None else solver
+        self.log_noise = None
+        if noise is not None:
+            self.log_noise = jnp.full(outputs, np.log(check_noise(noise)), jnp.result_type(float))
+        if solver is None:
+            solver = diffrax.Midpoint() if getattr(dynamics, "reads_slope", False) else diffrax.Euler()
+        self.solver = check_solver(solver)
         self.channels, self.task, self.num_outputs, self.joined = channels, task, outputs, control
         self.steps_per_interval = check_size("steps_per_interval", steps_per_interval)
         self.num_samples = check_size("num_samples", num_samples)
@@ -159,9 +158,9 @@ class SeriesModel(eqx.Module):
         Raises:
             ValueError: if the batch has another number of channels than the model.
         """
-        self._check_channels(batch)
+        self.check_batch(batch)
         one = lambda row: self._one(row, key, tuple(regularisers))
-        outputs, sol, scored = jax.vmap(one)(_Row.all(batch))
+        outputs, sol, scored = jax.vmap(one)(Row.all(batch))
         if self.task != "classify":
             # A series of one row was walked as if it had two.
             outputs = outputs[..., : batch.times.shape[1], :]
@@ -198,77 +197,41 @@ class SeriesModel(eqx.Module):
             ValueError: for another number of channels, a number out of range, or a model for another task.
             SolveError: if the solve of a series fails, naming its id.
         """
-        self._check_task("predict", "classify")
+        self.check_task("predict")
         num_samples = check_size("num_samples", num_samples)
         call = lambda batch, rows: _logits(self, batch, key, num_samples)
         return over_series(call, check_series(series), batch_size, throw)
 
-    def forecast(
-        self,
-        series: TimeSeries,
-        ts: Any,
-        num_samples: int = 100,
-        *,
-        key: PRNGKeyArray,
-        batch_size: int = 64,
-        throw: bool = True,
-    ) -> Float[np.ndarray, "N S T K"]:
-        """Samples of every series at later times, shape (N, num_samples, T, K), in the units of ``series.values``.
-
-        ``series.to_user_values`` brings them to those of the user, where all channels are predicted.
-
-        Arguments:
-            series: N series, standardised like the training data: what is known.
-            ts: shape (T,) or (N, T), increasing user times after the last observation of each series.
-            num_samples: paths of the noise for each series.
-            key: a JAX random key; the noise of a series depends on it and on the id of the series.
-            batch_size: series in one batch.
-            throw: raise if the solve of a series fails.
+    def check_task(self, verb: str) -> None:
+        """Refuse what the model was not made for.
 
         Raises:
-            TypeError: if ``series`` is no TimeSeries.
-            ValueError: for a model for another task, or a time that is not after the last observation, naming the
-                series.
-            SolveError: if the solve of a series fails, naming its id.
+            ValueError: naming the verb and the task that it needs.
         """
-        self._check_task("forecast", "forecast")
-        return self._at(series, ts, num_samples, key, batch_size, throw, beyond=True)
+        task = "classify" if verb == "predict" else verb
+        if self.task != task:
+            raise ValueError(f'{verb} needs a model that was built with task="{task}", not "{self.task}".')
 
-    def impute(
-        self,
-        series: TimeSeries,
-        ts: Any,
-        num_samples: int = 100,
-        *,
-        key: PRNGKeyArray,
-        batch_size: int = 64,
-        throw: bool = True,
-    ) -> Float[np.ndarray, "N S T K"]:
-        """Samples of every series at any times, shape (N, num_samples, T, K), in the units of ``series.values``.
-
-        Arguments:
-            series: N series, standardised like the training data: what is known.
-            ts: shape (T,) or (N, T), increasing user times, not before the first observation of each series.
-            num_samples: paths of the noise for each series.
-            key: a JAX random key; the noise of a series depends on it and on the id of the series.
-            batch_size: series in one batch.
-            throw: raise if the solve of a series fails.
+    def check_batch(self, batch: Any) -> None:
+        """Refuse a batch of another number of channels or of static covariates.
 
         Raises:
-            TypeError: if ``series`` is no TimeSeries.
-            ValueError: for a model for another task, or a time before the first observation, naming the series.
-            SolveError: if the solve of a series fails, naming its id.
+            ValueError: naming both.
         """
-        self._check_task("impute", "impute")
-        return self._at(series, ts, num_samples, key, batch_size, throw, beyond=False)
+        super().check_batch(batch)
+        static = None if batch.static is None else jnp.shape(batch.static)[1]
+        if self.num_static and static != self.num_static:
+            raise ValueError(
+                f"The model was built with num_static={self.num_static}, but the series have {static or 'no'} static "
+                "covariates."
+            )
 
-    def _at(self, series: Any, ts: Any, num_samples: int, key: Any, batch_size: int, throw: bool, beyond: bool) -> Any:
-        num_samples = check_size("num_samples", num_samples)
-        series, places = check_series(series).with_times(ts, beyond=beyond)
-        call = lambda batch, rows: _samples(self, batch, places[rows], key, num_samples)
-        return over_series(call, series, batch_size, throw)
+    def draw(self, row: Row, places: Array, key: PRNGKeyArray) -> tuple[Array, Any]:
+        """One path of one series at the rows ``places``, and how its solve ended."""
+        sol, control = self._walk(row, key)
+        return self._read(sol, control)[places, : self.num_outputs], sol.result
 
-    def _one(self, row: "_Row", key: Any, charged: Any) -> tuple[Array, Solution, Any]:
+    def _one(self, row: Row, key: Any, charged: Any) -> tuple[Array, Solution, Any]:
         """Outputs, solution and what is to be scored of one series."""
         own, scored = key_of(key, row.number), None
         if self.task != "classify":
@@ -285,12 +248,10 @@ class SeriesModel(eqx.Module):
             return *sample(own), scored
         return *jax.vmap(sample)(jax.random.split(own, self.num_samples)), scored
 
-    def _walk(self, row: "_Row", key: PRNGKeyArray, regularisers: tuple[Any, ...] = ()) -> tuple[Solution, Any]:
+    def _walk(self, row: Row, key: PRNGKeyArray, regularisers: tuple[Any, ...] = ()) -> tuple[Solution, Any]:
         """Walk one series, padded or not; and its control."""
+        row = row.walkable()
         times, values = row.times, row.values
-        if times.shape[0] == 1:
-            # One observation is a series that ends where it starts: a walk of no live step.
-            times, values = jnp.repeat(times, 2), jnp.repeat(values, 2, axis=0)
         control = _CONTROLS[self.joined](times, values)
         first = control.knots[0] if self.num_static == 0 else jnp.concatenate([control.knots[0], row.static])
         start = self.encoder(first)
@@ -322,47 +283,13 @@ class SeriesModel(eqx.Module):
         fill = [(0, 0)] * (x.ndim - 1) + [(0, self.channels - self.num_outputs)]
         return x if self.task == "classify" else jnp.pad(x, fill, constant_values=value)
 
-    def _check_channels(self, batch: Any) -> None:
-        shape = jnp.shape(batch.values)
-        if len(shape) != 3 or shape[2] != self.channels:
-            raise ValueError(
-                f"The model was built with channels={self.channels}, but the batch has values of shape {shape}; "
-                "it needs (B, L, C) with C the channels of the model."
-            )
-        static = None if batch.static is None else jnp.shape(batch.static)[1]
-        if self.num_static and static != self.num_static:
-            raise ValueError(
-                f"The model was built with num_static={self.num_static}, but the series have {static or 'no'} static "
-                "covariates."
-            )
-
-    def _check_task(self, verb: str, task: str) -> None:
-        if self.task != task:
-            raise ValueError(f'{verb} needs a model that was built with task="{task}", not "{self.task}".')
-
-
-class _Row(NamedTuple):
-    """What is read of one series of a batch; of all of them, with B leading."""
-
-    times: Array
-    values: Array
-    mask: Array
-    length: Array
-    static: Any
-    number: Array
-
-    @classmethod
-    def all(cls, batch: SeriesBatch) -> "_Row":
-        fields = (batch.times, batch.values, batch.mask, batch.lengths, batch.static, batch.ids)
-        return cls(*(None if x is None else jnp.asarray(x) for x in fields))  # pyright: ignore[reportArgumentType]
-
 
 @eqx.filter_jit
 def _logits(model: SeriesModel, batch: SeriesBatch, key: PRNGKeyArray, num_samples: int) -> tuple[Array, Any]:
     """Logits (B, K) and a result for each series."""
-    model._check_channels(batch)
+    model.check_batch(batch)
 
-    def one(row: _Row) -> tuple[Array, Any]:
+    def one(row: Row) -> tuple[Array, Any]:
         def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
             sol, _ = model._walk(row, key)
             return model.readout(sol.final), sol.result
@@ -374,37 +301,4 @@ def _logits(model: SeriesModel, batch: SeriesBatch, key: PRNGKeyArray, num_sampl
         mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - np.log(num_samples)
         return mean, first_failure(result)
 
-    return jax.vmap(one)(_Row.all(batch))
-
-
-@eqx.filter_jit
-def _samples(
-    model: SeriesModel, batch: SeriesBatch, places: Any, key: PRNGKeyArray, num_samples: int
-) -> tuple[Array, Any]:
-    """Samples (B, S, T, K) at the rows ``places`` (B, T), and a result for each series."""
-    model._check_channels(batch)
-
-    def one(places: Array, row: _Row) -> Any:
-        def sample(key: PRNGKeyArray) -> tuple[Array, Any]:
-            for_path, for_noise = jax.random.split(key)
-            sol, control = model._walk(row, for_path)
-            found = model._read(sol, control)[places, : model.num_outputs]
-            if model.log_noise is not None:
-                found += jnp.exp(model.log_noise) * jax.random.normal(for_noise, found.shape, found.dtype)
-            return found, sol.result
-
-        found, result = jax.vmap(sample)(jax.random.split(key_of(key, row.number), num_samples))
-        return found, first_failure(result)
-
-    return jax.vmap(one)(jnp.asarray(places), _Row.all(batch))
-
-
-def key_of(key: PRNGKeyArray, number: Any) -> PRNGKeyArray:
-    """The key of one series: a function of the key and of the series' own number."""
-    return jax.random.fold_in(key, number)
-
-
-def first_failure(result: Any) -> Any:
-    """The first member that is a failure, or a success if there is none."""
-    first = jnp.argmax(~is_okay(result))
-    return jtu.tree_map(lambda x: x.ravel()[first], result)
+    return jax.vmap(one)(Row.all(batch))
