@@ -112,3 +112,17 @@ def hand_scan(
         step = jax.checkpoint(step, prevent_cse=False)
     final, ys = jax.lax.scan(step, y0, increments)
     return jnp.concatenate([y0[None], ys]) if save else final
+
+
+def layers(key: Any, *sizes: int) -> list[tuple[jax.Array, jax.Array]]:
+    """Weights and biases of a network with these widths."""
+    keys = jr.split(key, len(sizes) - 1)
+    return [(jr.normal(k, (a, b)) / math.sqrt(a), jnp.zeros(b)) for k, a, b in zip(keys, sizes, sizes[1:])]
+
+
+def network(params: list[tuple[Any, Any]], x: Any, tanh: Any = jnp.tanh) -> Any:
+    """The network, with tanh between its layers; in torch with that of torch."""
+    *hidden, (w, b) = params
+    for v, c in hidden:
+        x = tanh(x @ v + c)
+    return x @ w + b

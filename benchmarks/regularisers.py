@@ -48,6 +48,7 @@ import sdeflow as sf
 from sdeflow import regularisers as reg
 
 from ._harness import Claim, Options, Row, Spread
+from ._problems import layers, network
 
 NFE, LOSS = 0.80, 1.01
 SEEDS = (0, 1, 2, 3, 4)
@@ -164,20 +165,6 @@ def measure(task: Task, arms: dict[str, Arm], seeds: Any) -> dict[str, list[Figu
             figures = [float(x) for x in test(trained, test_data, fresh)]
             out[name].append(Figures(*figures, seconds))
     return out
-
-
-def layers(key: Any, *sizes: int) -> list[tuple[jax.Array, jax.Array]]:
-    """Weights and biases of a network with these widths."""
-    keys = jax.random.split(key, len(sizes) - 1)
-    return [(jax.random.normal(k, (a, b)) / np.sqrt(a), jnp.zeros(b)) for k, a, b in zip(keys, sizes, sizes[1:])]
-
-
-def network(params: list[tuple[jax.Array, jax.Array]], x: jax.Array) -> jax.Array:
-    """The network, with tanh between its layers."""
-    *hidden, (w, b) = params
-    for v, c in hidden:
-        x = jnp.tanh(x @ v + c)
-    return x @ w + b
 
 
 def _stacked(batches: Any) -> Any:

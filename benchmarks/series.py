@@ -37,6 +37,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 
@@ -46,6 +47,7 @@ from sdeflow.data import TimeSeries, read_ts
 
 from . import _harness as harness
 from ._harness import Claim, Method, Options, Row, Spread
+from ._problems import layers, network
 
 STEPS = {"BasicMotions": 300, "JapaneseVowels": 500, "PickupGestureWiimoteZ": 120}
 SIZE, RATES, SWEEP_SEED = 32, (3e-3, 1e-2), 100
@@ -284,31 +286,19 @@ def run(options: Options) -> list[Claim]:
 BATCH, STATE, WIDTH, ROWS = 64, 32, 64, 100
 
 
-def _layers(key: Any, *sizes: int) -> list[tuple[jax.Array, jax.Array]]:
-    keys = jax.random.split(key, len(sizes) - 1)
-    return [(jax.random.normal(k, (a, b)) / np.sqrt(a), jnp.zeros(b)) for k, a, b in zip(keys, sizes, sizes[1:])]
-
-
-def _apply(layers: Any, x: Any, tanh: Any) -> Any:
-    *hidden, (w, b) = layers
-    for v, c in hidden:
-        x = tanh(x @ v + c)
-    return x @ w + b
-
-
 def _weights() -> tuple[Any, Any]:
     key = jax.random.key(0)
-    drift = _layers(jax.random.fold_in(key, 0), STATE, WIDTH, WIDTH, STATE)
-    noise = _layers(jax.random.fold_in(key, 1), 1, WIDTH, WIDTH, STATE)
+    drift = layers(jax.random.fold_in(key, 0), STATE, WIDTH, WIDTH, STATE)
+    noise = layers(jax.random.fold_in(key, 1), 1, WIDTH, WIDTH, STATE)
     return (drift, noise), jax.random.normal(jax.random.fold_in(key, 2), (BATCH, STATE))
 
 
 def _drift(t: Any, y: Any, params: Any) -> Any:
-    return _apply(params[0], y, jnp.tanh)
+    return network(params[0], y, jnp.tanh)
 
 
 def _noise(t: Any, y: Any, params: Any) -> Any:
-    return jnp.broadcast_to(_apply(params[1], jnp.asarray(t, y.dtype)[None] / ROWS, jnp.tanh), y.shape)
+    return jnp.broadcast_to(network(params[1], jnp.asarray(t, y.dtype)[None] / ROWS, jnp.tanh), y.shape)
 
 
 def speed(options: Options) -> Claim:
@@ -322,8 +312,6 @@ def speed(options: Options) -> Claim:
 
     def tree(params: Any, y0: Any, key: Any) -> Any:
         path = diffrax.VirtualBrownianTree(0.0, ROWS, 0.5, jax.ShapeDtypeStruct(y0.shape, y0.dtype), key=key)
-        import lineax as lx
-
         noise = lambda t, y, args: lx.DiagonalLinearOperator(_noise(t, y, args))
         terms = diffrax.MultiTerm(diffrax.ODETerm(_drift), diffrax.ControlTerm(noise, path))
         saveat = diffrax.SaveAt(ts=jnp.arange(ROWS + 1.0))
@@ -375,10 +363,10 @@ def _torchsde(params: Any, y0: Any) -> Callable[[], Any]:
             self.leaves = torch.nn.ParameterList(jax.tree.leaves(self.tree))
 
         def f(self, t: Any, y: Any) -> Any:
-            return _apply(self.tree[0], y, torch.tanh)
+            return network(self.tree[0], y, torch.tanh)
 
         def g(self, t: Any, y: Any) -> Any:
-            return _apply(self.tree[1], t.reshape(1) / ROWS, torch.tanh).expand(y.shape)
+            return network(self.tree[1], t.reshape(1) / ROWS, torch.tanh).expand(y.shape)
 
     equation, start = Equation(), torch.from_numpy(np.array(y0))
     ts = torch.arange(ROWS + 1.0)

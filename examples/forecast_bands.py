@@ -8,7 +8,6 @@ about a minute; writes demo-output/forecast_bands.png.
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -39,8 +38,8 @@ found = {"mean square error": forecasts(sf.losses.MaskedMSE()), "energy score": 
 truth = paths[512:, grid > 3.0, 0]
 figure = Figure(figsize=(10, 4), layout="constrained")
 for ax, (name, samples) in zip(figure.subplots(1, 2, sharey=True), found.items(), strict=True):
-    score = sf.metrics.crps(jnp.moveaxis(jnp.asarray(samples), 1, 0), truth).mean()
-    inside = sf.metrics.coverage(jnp.moveaxis(jnp.asarray(samples), 1, 0), truth, 0.9)
+    draws = np.moveaxis(samples, 1, 0)
+    score, inside = sf.metrics.crps(draws, truth, average=True), sf.metrics.coverage(draws, truth, 0.9)
     print(f"{name}: CRPS {score:.3f}, {inside:.0%} of the truth inside 90 % bands")
     sf.plotting.bands(later, samples[0], ax=ax)
     ax.plot(grid, paths[512, :, 0], color="black", linewidth=0.8)
