@@ -130,3 +130,14 @@ def test_momentum_is_solved_to_its_own_law():
         assert_mean(errors[:, i], 0.0)
         for j in range(2):
             assert_mean(errors[:, i] * errors[:, j], float(q[i, j]))
+
+
+def test_euler_s_steps_keep_a_variance_of_their_own():
+    """Of dX = -X dt + 0.8 dW steps of length h keep s^2 / (2 - h), not s^2 / 2."""
+    h, size = 0.1, 0.8
+    wanted = size**2 / (2 - h)
+    np.testing.assert_allclose(wanted, 0.336842, atol=1e-6)
+    sde = sf.equations.OrnsteinUhlenbeck(1.0, 0.0, size)
+    x = sf.solve(sde, jnp.zeros(200_000), [0.0, 8.0], dt0=h, solver=dfx.Euler(), key=jax.random.key(5)).final
+    assert_mean(np.asarray(x) ** 2, wanted)
+    assert abs(np.mean(np.asarray(x) ** 2) - size**2 / 2) > 10 * np.std(np.asarray(x) ** 2) / np.sqrt(x.size)
