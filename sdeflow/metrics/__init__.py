@@ -11,3 +11,5 @@ from ._errors import rmse as rmse
 from ._forecasts import coverage as coverage
 from ._forecasts import crps as crps
 from ._forecasts import energy_score as energy_score
+from ._coupling import Coupling as Coupling
+from ._sinkhorn import sinkhorn as sinkhorn
