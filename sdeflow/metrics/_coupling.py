@@ -1,6 +1,7 @@
 """``Coupling``: the plan of an entropic transport problem, read from its potentials."""
 
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -40,7 +41,7 @@ class Coupling(eqx.Module):
     potentials: tuple[Float[Array, " n"], Float[Array, " m"]]
     error: Float[Array, ""]
     num_iterations: Int[Array, ""]
-    result: object
+    result: Any
     rows: int = eqx.field(static=True)
 
     @property
@@ -52,7 +53,8 @@ class Coupling(eqx.Module):
     @property
     def g(self) -> Float[Array, " m"]:
         """The potential of the points y. If the plan is balanced, f + c and g - c are one for every number c."""
-        return jax.lax.stop_gradient(self.potentials[1] - (self.y - self.centres[1]) @ (self.centres[0] - self.centres[1]))
+        far = self.centres[0] - self.centres[1]
+        return jax.lax.stop_gradient(self.potentials[1] - (self.y - self.centres[1]) @ far)
 
     def plan(self) -> Float[Array, "n m"]:
         """The plan as a matrix."""
@@ -105,8 +107,8 @@ class Coupling(eqx.Module):
         x, y, a, b = _constants(self)
         (_, (t, _), s, py, *_), far = self._moments(), self.centres[0] - self.centres[1]
         r, c = a * s, b * t
-        near = (r * (x**2).sum(axis=1)).sum() / 2 + (c * (y**2).sum(axis=1)).sum() / 2 - (a * (x * py).sum(axis=1)).sum()
-        return near + (r @ x - c @ y) @ far + r.sum() * (far @ far) / 2
+        squares = r @ (x**2).sum(axis=1) + c @ (y**2).sum(axis=1)
+        return squares / 2 - a @ (x * py).sum(axis=1) + (r @ x - c @ y) @ far + r.sum() * (far @ far) / 2
 
     def regularised(self) -> Float[Array, ""]:
         r"""The value of the problem, ``<P, C> + epsilon KL(P | a b) + rho KL(P 1 | a) + rho KL(P' 1 | b)``, by its dual
@@ -194,7 +196,7 @@ def _mass(f: Array, g: Array, x: Array, y: Array, a: Array, b: Array, epsilon: A
 @_mass.defjvp
 def _mass_jvp(rows: int, primals: tuple, tangents: tuple) -> tuple:
     f, g, x, y, a, b, epsilon = primals
-    entropy, (t, px), s, py = moments(*primals, rows)
+    entropy, (t, px), s, py = moments(f, g, x, y, a, b, epsilon, rows)
     dx, dy = (a[:, None] * (py - s[:, None] * x)) / epsilon, (b[:, None] * (px - t[:, None] * y)) / epsilon
     slopes = _first(dx, dy, s, t, -entropy / epsilon)
     return (a * s).sum(), sum((slope * tangent).sum() for slope, tangent in zip(slopes, tangents[2:], strict=True))

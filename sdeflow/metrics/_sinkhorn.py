@@ -9,7 +9,8 @@ which OTT, POT and TorchCFM take: the ``epsilon`` of theirs is twice ours.
 One iteration takes one exponential for each pair. Relative to the weights the plan has the density
 ``E_ij = exp((f_i + g_j - C_ij) / epsilon)``, and both steps,
 
-    f_i <- f_i - epsilon log s_i,  s_i = sum_j b_j E_ij,        g_j <- g_j - epsilon log t_j,  t_j = sum_i a_i E_ij / s_i,
+    f_i <- f_i - epsilon log s_i,  s_i = sum_j b_j E_ij,
+    g_j <- g_j - epsilon log t_j,  t_j = sum_i a_i E_ij / s_i,
 
 are products of one matrix with vectors: E is also the kernel of the second step, with rows divided by their sums. As
 the sums are 1 at the solution no maximum need be taken out of the logarithms; on the way there a step of more than 40
@@ -66,8 +67,8 @@ def sinkhorn(
             from ``a exp(-f / rho)`` and ``b exp(-g / rho)``, relative to their mass.
         max_iterations: the most that are made.
         anneal: between 0 and 1.
-        chunk: how many rows to compute at a time. If None, up to 2^24 pairs keep their inner products, and more keep
-            nothing for every pair: memory then grows with n + m.
+        chunk: how many rows to compute at a time. If None, up to 2^24 pairs keep their inner products; more do not,
+            and memory then grows with n + m.
         throw: called eagerly, raise if the plan did not converge. Inside a trace ``result`` says so.
 
     Returns:
@@ -107,9 +108,9 @@ def sinkhorn(
     limits = (jnp.asarray(tolerance, x.dtype), jnp.asarray(max_iterations), jnp.asarray(anneal, x.dtype))
     solved = _solve(*constants, *limits, soft, rows, stored)
     centres, potentials, error, resolution, count = solved
-    result = RESULTS.where(
-        (error <= limits[0]) & (resolution <= _RESOLUTION), RESULTS.successful, RESULTS.sinkhorn_not_converged
-    )
+    converged = (error <= limits[0]) & (resolution <= _RESOLUTION)
+    okay: Any = RESULTS.successful
+    result = RESULTS.where(converged, okay, RESULTS.sinkhorn_not_converged)
     coupling = Coupling(x, y, a, b, epsilon, rho, centres, potentials, error, count, result, rows)
     if throw and is_concrete(error) and not bool(is_okay(result)):
         raise SolveError(result, _sentence(coupling, tolerance, float(resolution)))
@@ -190,7 +191,7 @@ def _solve(
 
 
 def _balance(f: Array, g: Array, a: Array, b: Array, rho: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The best f + c and g - c, as otherwise the steps between them would be short, epsilon / rho (Séjourné et al. 2022)."""
+    """The best f + c and g - c: the steps alone would approach it at the rate epsilon / rho (Séjourné et al. 2022)."""
     # The masses of the two marginals, a exp(-f / rho), are to be equal.
     first = jax.scipy.special.logsumexp(-f / rho[0], b=a)
     second = jax.scipy.special.logsumexp(-g / rho[1], b=b)
