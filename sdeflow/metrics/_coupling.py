@@ -59,7 +59,7 @@ class Coupling(eqx.Module):
     def plan(self) -> Float[Array, "n m"]:
         """The plan as a matrix."""
         x, y, a, b = _constants(self)
-        return a[:, None] * density(x, self.potentials[0], y, self.potentials[1], self.epsilon) * b
+        return a[:, None] * jnp.exp(log_density(x, self.potentials[0], y, self.potentials[1], self.epsilon)) * b
 
     def logits(self, points: Float[Array, "k D"]) -> Float[Array, "k m"]:
         """The logarithm, up to a constant for each point, of the probability that a point goes to y_j.
@@ -73,6 +73,7 @@ class Coupling(eqx.Module):
         inner = products(jax.lax.stop_gradient(points) - self.centres[0], y)
         return (inner + (self.potentials[1] - (y**2).sum(axis=1) / 2)) / self.epsilon + jnp.log(b)
 
+    @eqx.filter_jit
     def sample(self, indices: Int[Array, "..."], *, key: PRNGKeyArray) -> Int[Array, "..."]:
         """For each index i of a point x_i draw the index of the point y_j that it goes to, from row i of the plan.
 
@@ -83,14 +84,7 @@ class Coupling(eqx.Module):
             indices: integers, of any shape.
             key: a random key.
         """
-        indices = jnp.asarray(indices)
-
-        def draw(i: Array, k: Array) -> Array:
-            return jr.categorical(jr.fold_in(key, k), self.logits(self.x[i][None])[0])
-
-        flat, places = indices.ravel(), jnp.arange(indices.size)
-        drawn = jax.lax.map(lambda z: draw(*z), (flat, places), batch_size=max(BLOCK // len(self.y), 1))
-        return drawn.reshape(indices.shape)
+        return _draws(self, jnp.asarray(indices), key)
 
     def transport(self) -> Float[Array, "n D"]:
         """Where each point x_i goes in the mean, ``sum_j P_ij y_j / sum_j P_ij``."""
@@ -119,26 +113,40 @@ class Coupling(eqx.Module):
         in second order. Its derivatives are those at constant potentials (the envelope theorem), so nothing goes
         back through the iterations; second derivatives are refused.
         """
-        x, y = self.x - self.centres[0], self.y - self.centres[1]
-        (f, g), far = self.potentials, self.centres[0] - self.centres[1]
-        ends = (self.a * _relaxed(f, self.rho[0])).sum() + (self.b * _relaxed(g, self.rho[1])).sum()
-        mass = _mass(f, g, x, y, self.a, self.b, self.epsilon, self.rows)
-        apart = (self.a @ x - self.b @ y) @ far + self.a.sum() * (far @ far) / 2
-        return ends - self.epsilon * (mass - self.a.sum() * self.b.sum()) + apart
+        return _value(self)
 
     def _moments(self) -> tuple:
         return moments(*self.potentials, *_constants(self), self.epsilon, self.rows)
 
 
-def density(x: Array, f: Array, y: Array, g: Array, epsilon: Array) -> Array:
-    """The density of the plan with respect to the weights, between centred points."""
+@eqx.filter_jit
+def _draws(c: Coupling, indices: Array, key: PRNGKeyArray) -> Array:
+    def draw(place: tuple[Array, Array]) -> Array:
+        i, k = place
+        return jr.categorical(jr.fold_in(key, k), c.logits(c.x[i][None])[0])
+
+    places = indices.ravel(), jnp.arange(indices.size)
+    return jax.lax.map(draw, places, batch_size=max(BLOCK // len(c.y), 1)).reshape(indices.shape)
+
+
+@eqx.filter_jit
+def _value(c: Coupling) -> Array:
+    x, y, (f, g), far = c.x - c.centres[0], c.y - c.centres[1], c.potentials, c.centres[0] - c.centres[1]
+    ends = (c.a * _relaxed(f, c.rho[0])).sum() + (c.b * _relaxed(g, c.rho[1])).sum()
+    mass = _mass(f, g, x, y, c.a, c.b, c.epsilon, c.rows)
+    apart = (c.a @ x - c.b @ y) @ far + c.a.sum() * (far @ far) / 2
+    return ends - c.epsilon * (mass - c.a.sum() * c.b.sum()) + apart
+
+
+def log_density(x: Array, f: Array, y: Array, g: Array, epsilon: Array) -> Array:
+    """The logarithm of the plan's density with respect to the weights, between centred points."""
     return within(products(x, y), f - (x**2).sum(axis=1) / 2, g - (y**2).sum(axis=1) / 2, epsilon)
 
 
 def within(inner: Array, f: Array, g: Array, epsilon: Array) -> Array:
-    """The density from inner products, and from potentials that the squares were taken from."""
+    """The same from inner products, and from potentials that the squares were taken from."""
     # Near the solution nothing comes close to the bound, which keeps all finite on the way there.
-    return jnp.exp(jnp.minimum((inner + f[:, None] + g) / epsilon, 60.0))
+    return jnp.minimum((inner + f[:, None] + g) / epsilon, 60.0)
 
 
 def _constants(c: Coupling) -> tuple[Array, Array, Array, Array]:
@@ -150,6 +158,7 @@ def _relaxed(f: Array, rho: Array) -> Array:
     return jnp.where(jnp.isinf(rho), f, -finite * jnp.expm1(-f / finite))
 
 
+@eqx.filter_jit
 def moments(f: Array, g: Array, x: Array, y: Array, a: Array, b: Array, epsilon: Array, rows: int) -> tuple:
     """Sums over the density E of the plan, block by block.
 
@@ -160,9 +169,10 @@ def moments(f: Array, g: Array, x: Array, y: Array, a: Array, b: Array, epsilon:
 
     def step(block: tuple) -> tuple:
         x, f, a = block
-        E = density(x, f, y, g, epsilon)
+        logarithm = log_density(x, f, y, g, epsilon)
+        E = jnp.exp(logarithm)
         down = products(jnp.concatenate([a[:, None], a[:, None] * x], axis=1).T, E.T)
-        entropy = (a[:, None] * b * E * jnp.log(jnp.maximum(E, jnp.finfo(E.dtype).tiny))).sum()
+        entropy = a @ ((E * logarithm) @ b)
         return (entropy, down[0], down[1:].T), products(E, values.T)
 
     (entropy, t, px), across = over_blocks(step, (split(x, rows), split(f, rows), split(a, rows)))
@@ -188,7 +198,7 @@ def _mass(f: Array, g: Array, x: Array, y: Array, a: Array, b: Array, epsilon: A
 
     def step(block: tuple) -> tuple:
         x, f, a = block
-        return a @ (density(x, f, y, g, epsilon) @ b), ()
+        return a @ (jnp.exp(log_density(x, f, y, g, epsilon)) @ b), ()
 
     return over_blocks(step, (split(x, rows), split(f, rows), split(a, rows)))[0]
 

@@ -72,7 +72,11 @@ def sinkhorn_divergence(
         "chunk": chunk,
         "throw": throw,
     }
-    plans = [sinkhorn(u, v, epsilon, a=s, b=t, **options) for u, v, s, t in ((x, y, a, b), (x, x, a, a), (y, y, b, b))]
+    plans = (
+        sinkhorn(x, y, epsilon, a=a, b=b, **options),
+        sinkhorn(x, None, epsilon, a=a, **options),
+        sinkhorn(y, None, epsilon, a=b, **options),
+    )
     both, first, second = (plan.regularised() for plan in plans)
     value = both - (first + second) / 2
     if rho is not None:

@@ -56,11 +56,12 @@ def sinkhorn(
 
     Arguments:
         x: shape (n, D), or (n,) on a line.
-        y: shape (m, D), or (m,).
+        y: shape (m, D), or (m,). None for the plan of x with itself: by symmetry its two potentials are one, and a few
+            iterations find it.
         epsilon: positive, in units of the cost. The blur of the plan is sqrt(epsilon) wide.
         a: the weights of x, shape (n,), equal if None. Without ``rho`` they are divided by their sum; 0 is allowed,
             and such points change nothing.
-        b: the weights of y, shape (m,).
+        b: the weights of y, shape (m,); those of x where y is None.
         rho: a positive number, or one for each marginal, for marginals that are only near a and b; the weights are
             masses then and kept as they are. Infinite for a marginal that is prescribed.
         tolerance: for the error, ``sum_j |P_j - b_j|`` of a balanced plan; with ``rho`` the distance of the marginals
@@ -85,12 +86,14 @@ def sinkhorn(
         >>> round(float(coupling.transport()[100, 0] - x[100]), 2)
         1.0
     """
-    x, y = clouds(x, y)
-    soft = rho is not None
+    itself, soft = y is None, rho is not None
+    x, y = clouds(x, x if itself else y)
     if soft:
         rho = rho if isinstance(rho, tuple | list) else (rho, rho)
-        if len(rho) != 2:
-            raise ValueError(f"rho must be one number, or one for each marginal, got {len(rho)}.")
+        if len(rho) != 2 or (itself and rho[0] is not rho[1]):
+            raise ValueError("rho must be one number, or one for each marginal of two clouds.")
+    if itself and b is not None:
+        raise ValueError("b must be None where y is: the cloud has the weights a in both places.")
     for name, value in (("epsilon", epsilon), ("tolerance", tolerance), *(("rho", r) for r in rho or ())):
         _positive(name, value)
     if not 0 < anneal < 1:
@@ -99,14 +102,15 @@ def sinkhorn(
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}.")
     if soft and is_concrete(*rho) and np.isinf(np.asarray(rho, float)).all():
         soft = False
-    a, b = masses("a", a, x, not soft), masses("b", b, y, not soft)
+    a = masses("a", a, x, not soft)
+    b = a if itself else masses("b", b, y, not soft)
     epsilon = jnp.asarray(epsilon, x.dtype)
     rho = tuple(jnp.asarray(r, x.dtype) for r in (rho if soft else (jnp.inf, jnp.inf)))
     rows = block_rows(len(x), len(y), chunk)
     stored = chunk is None and len(x) * len(y) <= DENSE
     constants = jax.lax.stop_gradient((x, y, a, b, epsilon, rho))
     limits = (jnp.asarray(tolerance, x.dtype), jnp.asarray(max_iterations), jnp.asarray(anneal, x.dtype))
-    solved = _solve(*constants, *limits, soft, rows, stored)
+    solved = _solve(*constants, *limits, soft, itself, rows, stored)
     centres, potentials, error, resolution, count = solved
     converged = (error <= limits[0]) & (resolution <= _RESOLUTION)
     okay: Any = RESULTS.successful
@@ -135,6 +139,7 @@ def _solve(
     max_iterations: Array,
     anneal: Array,
     soft: bool,
+    itself: bool,
     rows: int,
     stored: bool,
 ) -> tuple:
@@ -153,40 +158,46 @@ def _solve(
     aa = split(a, rows)
 
     def step(f: Array, g: Array, eps: Array) -> tuple:
-        tau = tuple(r / (r + eps) for r in rho) if soft else (1, 1)
+        tau = tuple(1 / (1 + eps / r) for r in rho)
 
         def half(block: tuple) -> tuple:
             inner, f, xx, a = block
-            E = within(inner if stored else products(inner, y), f - xx, g - yy, eps)
+            E = jnp.exp(within(inner if stored else products(inner, y), f - xx, g - yy, eps))
             s = E @ b
             # Where the sum is not 0 this is tau (f - eps log s) - f.
             change = jnp.clip((tau[0] - 1) * (f / eps) - tau[0] * _log(s), -_STEP, _STEP)
+            if itself:
+                # Halfway (Feydy et al. 2019), with the error before the step: the plan has one potential twice.
+                off = a * jnp.abs(s - jnp.exp(-f / rho[0]))
+                return (off.sum(), (a * jnp.exp(-f / rho[0])).sum()), f + eps * change / 2
             new = f + eps * change
-            wanted = jnp.exp(-new / rho[0]) if soft else 1
-            off = (a * jnp.abs(s * jnp.exp(change) - wanted)).sum()
-            return ((a * jnp.exp(change)) @ E, off), new
+            off = a * jnp.abs(s * jnp.exp(change) - jnp.exp(-new / rho[0]))
+            return ((a * jnp.exp(change)) @ E, off.sum()), new
 
-        (t, off), f = over_blocks(half, (blocks, f, split(xx, rows), aa))
-        wanted = b * jnp.exp(-g / rho[1]) if soft else b
+        (t, off), after = over_blocks(half, (blocks, f, split(xx, rows), aa))
+        if itself:
+            return f, after, join(after, len(x)), t / off
+        wanted = b * jnp.exp(-g / rho[1])
         error = jnp.maximum(jnp.abs(b * t - wanted).sum(), off) / wanted.sum()
         change = jnp.clip((tau[1] - 1) * (g / eps) - tau[1] * _log(t), -_STEP, _STEP)
-        return f, g + eps * change, error
+        return after, after, g + eps * change, error
 
     def going(state: tuple) -> Array:
         k, eps, *_, error = state
         return (k < max_iterations) & ((eps > epsilon) | ~(error <= tolerance)) & (resolution <= _RESOLUTION)
 
     def body(state: tuple) -> tuple:
-        k, eps, f, _, g, _ = state
+        k, _, _, _, f, g, _ = state
         eps = jnp.maximum(epsilon, reach * anneal**k)
-        if soft:
+        if soft and not itself:
             f, g = _balance(f, g, aa, b, rho)
-        after, following, error = step(f, g, eps)
-        return k + 1, eps, after, g, following, error
+        solution, *following, error = step(f, g, eps)
+        return k + 1, eps, solution, g, *following, error
 
     zero, inf = jnp.zeros_like(yy), jnp.asarray(jnp.inf, x.dtype)
-    start = (jnp.asarray(0), inf, jnp.zeros_like(aa), zero, zero, inf)
-    count, _, f, g, _, error = jax.lax.while_loop(going, body, start)
+    # The potentials of the plan that the error is of, then those that follow.
+    start = (jnp.asarray(0), inf, jnp.zeros_like(aa), zero, jnp.zeros_like(aa), zero, inf)
+    count, _, f, g, _, _, error = jax.lax.while_loop(going, body, start)
     return centres, (join(f, len(x)), g), error, resolution, count
 
 
