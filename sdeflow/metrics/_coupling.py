@@ -58,8 +58,8 @@ class Coupling(eqx.Module):
 
     def plan(self) -> Float[Array, "n m"]:
         """The plan as a matrix."""
-        x, y, a, b = _constants(self)
-        return a[:, None] * jnp.exp(log_density(x, self.potentials[0], y, self.potentials[1], self.epsilon)) * b
+        f, g, x, y, a, b, epsilon = _constants(self)
+        return a[:, None] * jnp.exp(log_density(x, f, y, g, epsilon)) * b
 
     def logits(self, points: Float[Array, "k D"]) -> Float[Array, "k m"]:
         """The logarithm, up to a constant for each point, of the probability that a point goes to y_j.
@@ -69,11 +69,10 @@ class Coupling(eqx.Module):
         Arguments:
             points: shape (k, D).
         """
-        _, y, _, b = _constants(self)
+        _, g, _, y, _, b, epsilon = _constants(self)
         inner = products(jax.lax.stop_gradient(points) - self.centres[0], y)
-        return (inner + (self.potentials[1] - (y**2).sum(axis=1) / 2)) / self.epsilon + jnp.log(b)
+        return (inner + (g - (y**2).sum(axis=1) / 2)) / epsilon + jnp.log(b)
 
-    @eqx.filter_jit
     def sample(self, indices: Int[Array, "..."], *, key: PRNGKeyArray) -> Int[Array, "..."]:
         """For each index i of a point x_i draw the index of the point y_j that it goes to, from row i of the plan.
 
@@ -88,18 +87,19 @@ class Coupling(eqx.Module):
 
     def transport(self) -> Float[Array, "n D"]:
         """Where each point x_i goes in the mean, ``sum_j P_ij y_j / sum_j P_ij``."""
-        _, _, s, py, *_ = self._moments()
-        return py / s[:, None] + self.centres[1]
+        *_, s, py = moments(*_constants(self), self.rows)
+        return py / s[:, None] + jax.lax.stop_gradient(self.centres[1])
 
     def marginals(self) -> tuple[Float[Array, " n"], Float[Array, " m"]]:
         """The sums of the plan over y and over x."""
-        _, (t, _), s, *_ = self._moments()
-        return jax.lax.stop_gradient(self.a) * s, jax.lax.stop_gradient(self.b) * t
+        _, (t, _), s, _ = moments(*_constants(self), self.rows)
+        return jax.lax.stop_gradient((self.a * s, self.b * t))
 
     def cost(self) -> Float[Array, ""]:
         """What the plan moves, ``sum_ij P_ij |x_i - y_j|^2 / 2``, without the entropy."""
-        x, y, a, b = _constants(self)
-        (_, (t, _), s, py, *_), far = self._moments(), self.centres[0] - self.centres[1]
+        constants, far = _constants(self), jax.lax.stop_gradient(self.centres[0] - self.centres[1])
+        _, _, x, y, a, b, _ = constants
+        _, (t, _), s, py = moments(*constants, self.rows)
         r, c = a * s, b * t
         squares = r @ (x**2).sum(axis=1) + c @ (y**2).sum(axis=1)
         return squares / 2 - a @ (x * py).sum(axis=1) + (r @ x - c @ y) @ far + r.sum() * (far @ far) / 2
@@ -115,9 +115,6 @@ class Coupling(eqx.Module):
         """
         return _value(self)
 
-    def _moments(self) -> tuple:
-        return moments(*self.potentials, *_constants(self), self.epsilon, self.rows)
-
 
 @eqx.filter_jit
 def _draws(c: Coupling, indices: Array, key: PRNGKeyArray) -> Array:
@@ -131,7 +128,8 @@ def _draws(c: Coupling, indices: Array, key: PRNGKeyArray) -> Array:
 
 @eqx.filter_jit
 def _value(c: Coupling) -> Array:
-    x, y, (f, g), far = c.x - c.centres[0], c.y - c.centres[1], c.potentials, c.centres[0] - c.centres[1]
+    (f, g), (here, there) = jax.lax.stop_gradient((c.potentials, c.centres))
+    x, y, far = c.x - here, c.y - there, here - there
     ends = (c.a * _relaxed(f, c.rho[0])).sum() + (c.b * _relaxed(g, c.rho[1])).sum()
     mass = _mass(f, g, x, y, c.a, c.b, c.epsilon, c.rows)
     apart = (c.a @ x - c.b @ y) @ far + c.a.sum() * (far @ far) / 2
@@ -149,8 +147,10 @@ def within(inner: Array, f: Array, g: Array, epsilon: Array) -> Array:
     return jnp.minimum((inner + f[:, None] + g) / epsilon, 60.0)
 
 
-def _constants(c: Coupling) -> tuple[Array, Array, Array, Array]:
-    return jax.lax.stop_gradient((c.x - c.centres[0], c.y - c.centres[1], c.a, c.b))
+def _constants(c: Coupling) -> tuple[Array, ...]:
+    """The potentials, centred points, weights and epsilon, without a gradient."""
+    x, y = c.x - c.centres[0], c.y - c.centres[1]
+    return jax.lax.stop_gradient((*c.potentials, x, y, c.a, c.b, c.epsilon))
 
 
 def _relaxed(f: Array, rho: Array) -> Array:

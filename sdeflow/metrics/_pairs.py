@@ -7,6 +7,7 @@ the two laws, and are negative at times where the laws agree. They stream over b
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ def energy_distance(x: Any, y: Any, *, biased: bool = False) -> Float[Array, ""]
         >>> float(sf.metrics.energy_distance(np.array([[0.0], [1.0]]), np.array([[3.0], [4.0]])))
         2.0
     """
-    return _between(x, y, _distance, biased)
+    return _between(*_enough(x, y, biased), None, biased)
 
 
 def mmd(x: Any, y: Any, *, bandwidths: Any = "median", biased: bool = False) -> Float[Array, ""]:
@@ -81,20 +82,25 @@ def mmd(x: Any, y: Any, *, bandwidths: Any = "median", biased: bool = False) -> 
         h = jnp.atleast_1d(jnp.asarray(bandwidths, x.dtype))
         if h.ndim != 1 or not h.size or (is_concrete(h) and not (np.asarray(h) > 0).all()):
             raise ValueError(f"bandwidths must be positive numbers, got {bandwidths}.")
-    rates = -1 / (2 * jax.lax.stop_gradient(h) ** 2)
-    return _between(x, y, lambda square: -jnp.exp(square[..., None] * rates).sum(axis=-1), biased, both=2)
+    return -2 * _between(*_enough(x, y, biased), -1 / (2 * jax.lax.stop_gradient(h) ** 2), biased)
 
 
-def _distance(square: Array) -> Array:
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-
-
-def _between(x: Any, y: Any, kernel: Callable[[Array], Array], biased: bool, both: int = 1) -> Array:
-    """``both`` times E k(X, Y) - (E k(X, X') + E k(Y, Y')) / 2."""
+def _enough(x: Any, y: Any, biased: bool) -> tuple[Array, Array]:
     x, y = clouds(x, y)
-    n, m = len(x), len(y)
-    if not biased and min(n, m) < 2:
-        raise ValueError(f"It takes at least 2 points of each, got {n} and {m}: pass more, or biased=True.")
+    if not biased and min(len(x), len(y)) < 2:
+        raise ValueError(f"It takes at least 2 points of each, got {len(x)} and {len(y)}: pass more, or biased=True.")
+    return x, y
+
+
+@eqx.filter_jit
+def _between(x: Array, y: Array, rates: Array | None, biased: bool) -> Array:
+    """E k(X, Y) - (E k(X, X') + E k(Y, Y')) / 2, where k is the distance, or a sum of exponentials of its square."""
+
+    def kernel(square: Array) -> Array:
+        if rates is not None:
+            return jnp.exp(square[..., None] * rates).sum(axis=-1)
+        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
     centre = jax.lax.stop_gradient(jnp.concatenate([x, y]).mean(axis=0))
     x, y = x - centre, y - centre
 
@@ -102,7 +108,7 @@ def _between(x: Any, y: Any, kernel: Callable[[Array], Array], biased: bool, bot
         n, others = len(x), _mean(x, x, kernel, True)
         return others + kernel(jnp.zeros((), x.dtype)) / n if biased else others * (n / (n - 1))
 
-    return both * (_mean(x, y, kernel, False) - inside(x) / 2 - inside(y) / 2)
+    return _mean(x, y, kernel, False) - inside(x) / 2 - inside(y) / 2
 
 
 def _mean(x: Array, y: Array, kernel: Callable[[Array], Array], different: bool) -> Array:
@@ -127,6 +133,7 @@ def _mean(x: Array, y: Array, kernel: Callable[[Array], Array], different: bool)
     return over_blocks(step, each)[0]
 
 
+@jax.jit
 def _median(x: Array, y: Array) -> Array:
     points = jnp.concatenate([x, y])
     picked = points[np.linspace(0, len(points) - 1, min(len(points), 1000)).astype(int)]

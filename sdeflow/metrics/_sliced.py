@@ -3,6 +3,7 @@
 import math
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -30,7 +31,7 @@ def sliced_wasserstein(
     Over L directions the mean W of W_p^p, exact for each, is corrected to ``W - alpha (C - B)`` with a control variate
     C whose mean B is known (Nguyen and Ho 2024, ICLR): ``(<u, m_x - m_y>)^2``, "lower", or that and the variances of
     both clouds along u, "upper". Its slope alpha is fitted to the same directions, with a bias of order 1/L. Between
-    two isotropic Gaussians (D = 5, n = 4000, L = 20) the standard deviation falls from 0.25 to 0.006.
+    two isotropic Gaussians (D = 5, n = 4000, L = 20) the standard deviation over directions falls from 0.25 to 0.005.
 
     It is in the units of the points, and shrinks with the dimension: a shift by s gives ``s / sqrt(D)`` for p = 2. From
     n points it is too large, by O(1 / sqrt(n)) where the laws agree, whatever D. O(L (n log n + D n)) time.
@@ -78,6 +79,24 @@ def sliced_wasserstein(
         raise ValueError(f"num_projections must be at least 1, and 4 with a control variate, got {num_projections}.")
     weighted = a is not None or b is not None
     a, b = masses("a", a, x), masses("b", b, y)
+    centred = regression == "centred"
+    return _distance(x, y, a, b, key, p, num_projections, control_variate, centred, constant_slope, weighted)
+
+
+@eqx.filter_jit
+def _distance(
+    x: Array,
+    y: Array,
+    a: Array,
+    b: Array,
+    key: PRNGKeyArray,
+    p: float,
+    num_projections: int,
+    control_variate: str | None,
+    centred: bool,
+    constant_slope: bool,
+    weighted: bool,
+) -> Array:
     # About one centre: squares of what is far from 0 would lose the difference.
     centre = jax.lax.stop_gradient(a @ x + b @ y) / 2
     x, y = x - centre, y - centre
@@ -92,7 +111,7 @@ def sliced_wasserstein(
     mean = costs.mean()
     if control_variate:
         C, B = _control(u, along, x, y, a, b, control_variate == "upper")
-        alpha = _slope(costs, C, B, regression == "centred")
+        alpha = _slope(costs, C, B, (x**2).sum(axis=1).mean() + (y**2).sum(axis=1).mean(), centred)
         alpha = jax.lax.stop_gradient(alpha) if constant_slope else alpha
         mean = jnp.maximum(mean - alpha * (C.mean() - B), 0)
     return jnp.where(mean > 0, jnp.where(mean > 0, mean, 1) ** (1 / p), 0)
@@ -121,10 +140,10 @@ def _control(u: Array, along: list[Array], x: Array, y: Array, a: Array, b: Arra
     return C, B / u.shape[1]
 
 
-def _slope(costs: Array, C: Array, B: Array, centred: bool) -> Array:
+def _slope(costs: Array, C: Array, B: Array, scale: Array, centred: bool) -> Array:
     about = C - (C.mean() if centred else B)
     spread = (about**2).mean()
-    # A variate that does not vary, as with equal means and "lower", tells nothing: its slope is 0.
-    least = (8 * jnp.finfo(C.dtype).eps * jnp.maximum(jnp.abs(B), jnp.abs(C).max())) ** 2
+    # A variate that varies by rounding alone, as with equal means and "lower", tells nothing: its slope is 0.
+    least = (8 * jnp.finfo(C.dtype).eps * scale) ** 2
     told = spread > least
     return jnp.where(told, ((costs - costs.mean()) * about).mean() / jnp.where(told, spread, 1), 0)

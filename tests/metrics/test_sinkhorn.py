@@ -308,12 +308,13 @@ def test_the_divergence_of_gaussians_is_the_closed_form():
 def test_a_cloud_with_itself_has_one_potential_and_few_iterations():
     x, _, a, _ = two_clouds()
     for rho in (None, 1.0):
-        pair = sinkhorn(x, x, 0.05, a=a, b=a, rho=rho, tolerance=1e-8, max_iterations=50_000)
-        alone = sinkhorn(x, None, 0.05, a=a, rho=rho, tolerance=1e-8)
+        pair = sinkhorn(x, x, 0.3, a=a, b=a, rho=rho, tolerance=1e-9, max_iterations=50_000)
+        alone = sinkhorn(x, None, 0.3, a=a, rho=rho, tolerance=1e-9)
         np.testing.assert_array_equal(alone.f, alone.g)
         np.testing.assert_allclose(alone.plan(), pair.plan(), atol=1e-8)
         np.testing.assert_allclose(alone.regularised(), pair.regularised(), rtol=1e-8)
-        assert int(alone.num_iterations) < 50 < int(pair.num_iterations) + 50 * (rho is not None)
+        assert int(alone.num_iterations) < 50
+        assert rho or int(pair.num_iterations) > 100
         wanted = a * np.exp(-alone.f / rho) if rho else a
         np.testing.assert_allclose(abs(alone.plan().sum(0) - wanted).sum() / wanted.sum(), alone.error, rtol=1e-5)
 
@@ -441,7 +442,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 jax.config.update("jax_enable_x64", True)
 rng = np.random.default_rng(0)
 x, y = rng.normal(size=(64, 3)), rng.normal(size=(50, 3)) + 0.5
-mesh = jax.make_mesh((4,), ("rows",))
+mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
 shared = jax.device_put(x, NamedSharding(mesh, PartitionSpec("rows")))
 for options in ({}, {"chunk": 16}, {"rho": 1.0}):
     solve = lambda x: (lambda c: (c.plan(), c.regularised()))(sf.metrics.sinkhorn(x, y, 0.3, tolerance=1e-9, **options))
