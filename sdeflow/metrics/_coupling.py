@@ -147,7 +147,7 @@ def within(inner: Array, f: Array, g: Array, epsilon: Array) -> Array:
     return jnp.minimum((inner + f[:, None] + g) / epsilon, 60.0)
 
 
-def _constants(c: Coupling) -> tuple[Array, ...]:
+def _constants(c: Coupling) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
     """The potentials, centred points, weights and epsilon, without a gradient."""
     x, y = c.x - c.centres[0], c.y - c.centres[1]
     return jax.lax.stop_gradient((*c.potentials, x, y, c.a, c.b, c.epsilon))

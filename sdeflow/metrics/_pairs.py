@@ -69,9 +69,9 @@ def mmd(x: Any, y: Any, *, bandwidths: Any = "median", biased: bool = False) -> 
 
     Example:
         >>> import numpy as np, sdeflow as sf
-        >>> x, y = np.array([[0.0], [1.0]]), np.array([[0.0], [1.0]])
-        >>> round(float(sf.metrics.mmd(x, y, bandwidths=1.0, biased=True)), 6)
-        0.0
+        >>> x, y = np.array([[0.0], [1.0]]), np.array([[3.0], [4.0]])
+        >>> round(float(sf.metrics.mmd(x, y, bandwidths=1.0)), 4)
+        1.1341
     """
     x, y = clouds(x, y)
     if isinstance(bandwidths, str):

@@ -76,7 +76,7 @@ def test_a_large_cloud_gives_the_same_subsample_for_the_same_seed():
     some = wasserstein(x, y, max_points=100)
     assert some == wasserstein(x, y, max_points=100)
     assert some != wasserstein(x, y, max_points=100, seed=1)
-    assert some > wasserstein(x, y) > wasserstein(x, y + 0.0, max_points=None) - 1e-12
+    assert some > wasserstein(x, y) == wasserstein(x, y, max_points=None)
     # By their weights: all the weight is on points that are equal.
     weight = np.r_[np.ones(250), np.zeros(250)]
     x[:250] = 1.0
