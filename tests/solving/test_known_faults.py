@@ -92,6 +92,45 @@ def test_nan_in_adaptive_steps_ends_them_soon_whatever_the_controller_says_of_le
     np.testing.assert_allclose(sol.ys[1], np.exp(-0.45), rtol=1e-3)
 
 
+# y' = y^3 leaves every bound at t = 1/2; an implicit solver cannot step there, and a least step ends a stiff one.
+@pytest.mark.parametrize(
+    ("kwargs", "names"),
+    [
+        ({"dt0": 0.02, "solver": dfx.Euler()}, ("nonfinite",)),
+        ({}, ("nonfinite",)),
+        pytest.param(
+            {"solver": dfx.Kvaerno3(), "stepsize_controller": dfx.PIDController(rtol=1e-3, atol=1e-6)},
+            ("max_steps_reached", "nonfinite"),
+            marks=pytest.mark.slow,
+        ),
+        (
+            {
+                "solver": dfx.Tsit5(),
+                "stepsize_controller": dfx.PIDController(rtol=1e-5, atol=1e-8, dtmin=1e-2, force_dtmin=False),
+            },
+            ("dt_min_reached",),
+        ),
+    ],
+    ids=["fixed steps", "the default", "implicit", "a least step"],
+)
+def test_an_explosion_is_a_result_that_names_the_time_before_it(kwargs, names):
+    cubic = sf.ODE(lambda t, y, args: y**3)
+    sol = sf.solve(cubic, jnp.array(1.0), [0.0, 0.25, 1.0], throw=False, **kwargs)
+    assert any(sol.result == getattr(sf.RESULTS, name) for name in names)
+    assert int(sol.stats["num_steps"]) <= 100
+    np.testing.assert_allclose(sol.ys[1], 2**0.5, rtol=0.06 if "dt0" in kwargs else 2e-3)
+    assert not np.isfinite(sol.ys[2])
+    with pytest.raises(sf.SolveError, match=r"0\.(25|50)"):
+        sf.solve(cubic, jnp.array(1.0), [0.0, 0.25, 1.0], **kwargs)
+
+
+def test_noise_in_a_cubic_field_explodes_within_fifty_steps_and_says_so():
+    equation = sf.SDE(lambda t, y, args: y**3, lambda t, y, args: 0.3 * jnp.ones_like(y), additive=True)
+    run = lambda key: sf.solve(equation, jnp.array(2.0), [0.0, 1.0], dt0=0.02, key=key, solver=dfx.Euler())
+    results = jax.vmap(run)(jax.random.split(KEY, 8)).result
+    assert not bool(sf.is_okay(results).any())
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [{"dt0": 0.1}, pytest.param({"stepsize_controller": PID}, marks=pytest.mark.slow)],

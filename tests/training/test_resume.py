@@ -93,6 +93,47 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     assert resumed.num_steps == 20
 
 
+DEVICES = """
+    import sys
+    sys.path.insert(0, sys.argv[2])
+    import jax, jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from training_toys import Full, squares
+    from test_resume import run, stop_at, Killed
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+
+    def spread(model, batch, key, step):
+        x = jax.lax.with_sharding_constraint(batch.x, NamedSharding(mesh, PartitionSpec("data")))
+        return squares(model, batch._replace(x=x), key, step)
+
+    assert len(jax.devices()) == int(sys.argv[3])
+    try:
+        done = run(loss=spread, data=Full(), checkpoint=sys.argv[1], callbacks=[stop_at(int(sys.argv[4]))])
+        np.save(sys.argv[1] + ".npy", done.history["loss"])
+    except Killed:
+        pass
+"""
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
+    """Only the order of sums differs: a batch lies on four devices, then on one, and ends where one device ends."""
+    path, here = tmp_path / "c", Path(__file__).parent
+    for devices, stop in ((4, 13), (1, -1)):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(DEVICES), str(path), str(here), str(devices), str(stop)],
+            env=os.environ | {"PYTHONPATH": str(here.parents[1]), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            check=True,
+            timeout=300,
+        )
+    losses = np.load(f"{path}.npy")
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, run(data=Full()).history["loss"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("optim", [ADAM, optax.chain(optax.add_noise(0.1, 0.5, jr.key(3)), optax.sgd(1e-2))])
 @pytest.mark.parametrize("validate", [None, 3])
 @pytest.mark.parametrize("step", [3, 5, 12])
