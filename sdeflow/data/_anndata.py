@@ -102,7 +102,8 @@ def cell_times(adata: Any, time: str, times: Mapping[Hashable, float] | None) ->
             f"The labels {_shown(unknown)} in obs[{time!r}] {fault}; its labels are {_shown(distinct)}. Say what each "
             "means with times={label: time}, and leave out cells without one."
         )
-    return _finite(np.array([np.nan if x is None else float(meaning[x]) for x in labels], dtype=np.float64), time)
+    # A cell without a label is at no time: an array of floats holds None as NaN.
+    return _finite(np.array([meaning.get(label) for label in labels], dtype=np.float64), time)
 
 
 def _finite(when: np.ndarray, time: str) -> np.ndarray:

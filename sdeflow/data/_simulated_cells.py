@@ -5,10 +5,10 @@ A cell has a progress ``s`` and, as one complex number, a state ``z`` that choos
     ds = dt + 0.2 dW,    dz = (mu(s) z + c conj(z)^(K-1) - |z|^2 z) dt + 0.3 dW,    mu(s) = 1.5 (s - 1.5),  c = 0.5
 
 in days. This is the normal form of a bifurcation with the symmetry of K fates: ``z`` stays near 0, the progenitor,
-until ``mu`` grows positive, and then falls into one of K valleys, at the angles ``2 pi k / K``. Cells decide on different
-days, since their progress differs. All start from ``s = 0, z = 0`` with standard deviations 0.3 and 0.1. The three
-numbers ``(s, Re z, Im z)`` are embedded into ``dim`` by orthonormal directions, the same for every key, and noise is
-added. Euler's steps of 0.02 days are part of the definition: they are what the cells follow.
+until ``mu`` grows positive, and then falls into one of K valleys, at the angles ``2 pi k / K``. Cells decide on
+different days, since their progress differs. All start from ``s = 0, z = 0`` with standard deviations 0.3 and 0.1. The
+three numbers ``(s, Re z, Im z)`` are embedded into ``dim`` by orthonormal directions, the same for every key, and noise
+is added. Euler's steps of 0.02 days are part of the definition: they are what the cells follow.
 """
 
 from collections.abc import Sequence
