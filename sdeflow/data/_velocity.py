@@ -73,7 +73,7 @@ def write_velocity(
     Raises:
         TypeError: for a bridge without ``t0``, ``t1`` or the method that ``kind`` names, or a time that is none.
         ValueError: for keys that are not there, times that lie all outside of the bridge's horizon, coordinates that
-            are not finite or not of the bridge's dimension, velocities that are not finite, and layers above 1 GiB.
+            are not finite, velocities that are not finite, and layers above 1 GiB.
 
     Example:
         >>> from sdeflow.data import write_velocity
@@ -190,10 +190,12 @@ def _evaluate(field: Callable[..., Any], when: np.ndarray, cells: np.ndarray, is
         try:
             block = np.asarray(_velocities(fresh, t, x))
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"The bridge cannot take cells of {x.shape[1]} components: {error}. If it was fitted to fewer, or to "
-                "standardised ones, give like=, the snapshots that it was fitted to."
-            ) from error
+            # The error is the bridge's own, which may name an option of it; shapes are the likeliest fault of ours.
+            error.add_note(
+                f"The bridge was given cells of {x.shape[1]} components; if it was fitted to fewer, give like=, the "
+                "snapshots that it was fitted to."
+            )
+            raise
         if block.shape != x.shape:
             raise ValueError(f"The bridge gives {block.shape[1:]} for a cell of shape {x.shape[1:]}; give like=.")
         found.append(block[: len(cells) - start])
@@ -266,7 +268,6 @@ def _write(
     with warnings.catch_warnings():
         # That a view becomes a copy is what the docstring says.
         warnings.filterwarnings("ignore", message=".*initializing view as actual.*")
-        warnings.filterwarnings("ignore", message=".*Received a view of an AnnData.*")
         adata.obsm[f"{key}_{basis}"] = velocity
         if genes:
             adata.layers[key] = genes["velocity"]
