@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import plotting as plotting
     from . import training as training
+    from .data import Snapshots as Snapshots
     from .data import TimeSeries as TimeSeries
     from .training import fit as fit
     from .training import losses as losses
@@ -49,6 +50,7 @@ _LATER = {
     "models": "models",
     "plotting": "plotting",
     "training": "training",
+    "Snapshots": "data",
     "TimeSeries": "data",
     "fit": "training",
     "losses": "training",

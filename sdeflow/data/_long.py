@@ -30,7 +30,7 @@ def split_long(
     code: dict[Hashable, int] = {}
     codes = np.empty(len(names), dtype=np.int64)
     for row, name in enumerate(names):
-        if _is_missing(name):
+        if is_missing(name):
             raise ValueError(f"Column {id!r} has no id in row {row}; fill it in or drop the row.")
         codes[row] = code.setdefault(name, len(code))
     if not code:
@@ -84,13 +84,13 @@ def _naive(column: Any) -> Any:
     return column.dt.tz_convert("UTC").dt.tz_localize(None)
 
 
-def _is_missing(x: Any) -> bool:
+def is_missing(x: Any) -> bool:
     return x is None or type(x).__name__ in ("NAType", "NaTType") or (isinstance(x, float) and x != x)
 
 
 def _labels(column: list[Any], codes: np.ndarray, names: list[Hashable], title: str) -> list[Hashable]:
     # pandas' NA refuses to be compared, so every kind of missing label becomes None; they are refused later.
-    column = [None if _is_missing(label) else label for label in column]
+    column = [None if is_missing(label) else label for label in column]
     labels = [column[row] for row in np.unique(codes, return_index=True)[1]]
     for row, label in enumerate(column):
         expected = labels[codes[row]]

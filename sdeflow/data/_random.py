@@ -17,7 +17,7 @@ from jaxtyping import PRNGKeyArray
 
 # One number for each use of a key: the same key may shuffle, split and thin without any coupling between the
 # three.
-SHUFFLE, SPLIT, DROP, SIMULATE = range(4)
+SHUFFLE, SPLIT, DROP, SIMULATE, SUBSAMPLE = range(5)
 
 
 def key_words(key: Any) -> list[int]:
