@@ -3,7 +3,7 @@
 Every model is a differential equation; `solve` plans a grid of steps and walks it with a diffrax solver. Everything
 else builds an equation, plans the grid, decides how the walk is differentiated, or reads what the walk saw.
 
-The rooms around the core (data, metrics, training, models, plotting) are imported when they are first used.
+The rooms around the core (data, metrics, training, models, bridges, plotting) are imported when they are first used.
 """
 
 import importlib as _importlib
@@ -31,6 +31,7 @@ from .solving import Solution as Solution
 from .solving import solve as solve
 
 if TYPE_CHECKING:
+    from . import bridges as bridges
     from . import data as data
     from . import metrics as metrics
     from . import models as models
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 # Name -> the room that holds it; a room stands for itself.
 _LATER = {
+    "bridges": "bridges",
     "data": "data",
     "metrics": "metrics",
     "models": "models",

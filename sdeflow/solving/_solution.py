@@ -76,13 +76,15 @@ def with_finite_check(result: Any, final: PyTree) -> Any:
 def failure(sol: Solution) -> str:
     """The sentence of a failed eager solve, and where it failed.
 
-    That is the last requested time at which the state was finite; where steps ran out, what they came to.
+    That is the last requested time at which the state was finite; where steps ran out or became too short, what they
+    came to.
     """
     text = message_of(sol.result)
     if not is_concrete(sol.ts, sol.stats.get("time_reached"), *jtu.tree_leaves(sol.ys)):
         # Under `jax.grad` outside of a compiled function the result is known, but the states are being traced.
         return text
-    if text == message_of(RESULTS.max_steps_reached) and "time_reached" in sol.stats:
+    short = (message_of(RESULTS.max_steps_reached), message_of(RESULTS.dt_min_reached))
+    if text in short and "time_reached" in sol.stats:
         return f"{text} {_progress(sol)}"
     if text == message_of(RESULTS.nonfinite):
         good = np.ones(np.shape(sol.ts), bool)

@@ -120,7 +120,7 @@ def test_an_explosion_is_a_result_that_names_the_time_before_it(kwargs, names):
     assert int(sol.stats["num_steps"]) <= 100
     np.testing.assert_allclose(sol.ys[1], 2**0.5, rtol=0.06 if "dt0" in kwargs else 2e-3)
     assert not np.isfinite(sol.ys[2])
-    with pytest.raises(sf.SolveError, match=r"0\.(25|50)"):
+    with pytest.raises(sf.SolveError, match=r"requested time 0\.25|to t=0\.(47|50)"):
         sf.solve(cubic, jnp.array(1.0), [0.0, 0.25, 1.0], **kwargs)
 
 

@@ -14,7 +14,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from training_toys import Rows, equal, mlp, same_history, squares
+from training_toys import Full, Rows, equal, mlp, same_history, squares
 
 from sdeflow._compat import SdeflowWarning
 from sdeflow._results import RESULTS

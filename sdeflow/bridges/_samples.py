@@ -1,0 +1,55 @@
+"""What the bridges between samples share: the checked clouds and the reference's clock around them."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .._compat import is_concrete
+from ..equations import BrownianMotion, LinearSDE
+from ._clock import Clock
+
+
+def prepared(
+    x0: Any, x1: Any, epsilon: Any, reference: LinearSDE | None, t0: Any, t1: Any
+) -> tuple[Clock, Array, Array]:
+    """The clock, and both clouds in its coordinates, centred at the mean of the second.
+
+    Raises:
+        ValueError: for clouds of other shapes, with NaN, or of one point; an epsilon that is not positive; neither or
+            both of ``epsilon`` and ``reference``.
+    """
+    x0, x1 = (_cloud(name, x) for name, x in (("x0", x0), ("x1", x1)))
+    if x0.shape[1] != x1.shape[1]:
+        raise ValueError(f"x0 and x1 must have as many columns, got {x0.shape[1]} and {x1.shape[1]}.")
+    if (epsilon is None) == (reference is None):
+        raise ValueError(
+            "give epsilon, the variance of Brownian motion over the horizon, or a reference, which has noise of its "
+            "own: one of them, not both."
+        )
+    if reference is None:
+        if is_concrete(epsilon) and not (np.isfinite(epsilon) and epsilon > 0):
+            raise ValueError(f"epsilon must be positive and finite, got {epsilon}.")
+        if is_concrete(t0, t1) and not t0 < t1:
+            raise ValueError(f"a bridge needs t0 < t1, got t0={t0} and t1={t1}.")
+        sigma = jnp.sqrt(jnp.asarray(epsilon, x0.dtype) / (jnp.asarray(t1, x0.dtype) - t0))
+        reference = BrownianMotion(x0.shape[1], sigma)
+    elif reference.b.shape != x0.shape[1:]:
+        raise ValueError(f"the reference has {reference.b.shape[0]} components and the samples {x0.shape[1]}.")
+    clock = Clock(reference, t0, t1)
+    clock = Clock(reference, t0, t1, shift=clock.end(x1).mean(axis=0))
+    return clock, clock.start(x0), clock.end(x1)
+
+
+def _cloud(name: str, x: Any) -> Array:
+    x = jnp.asarray(x)
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"{name} must be an array of numbers of shape (n, d), got shape {x.shape} and {x.dtype}.")
+    if len(x) < 2:
+        raise ValueError(f"{name} must have at least two rows, got {len(x)}.")
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+    if is_concrete(x) and not bool(jnp.isfinite(x).all()):
+        row = int(np.flatnonzero(~np.isfinite(np.asarray(x)).all(axis=1))[0])
+        raise ValueError(f"{name} has numbers that are not finite, first in row {row}.")
+    return x
