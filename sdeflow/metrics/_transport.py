@@ -61,7 +61,7 @@ def wasserstein(
     if equal and len(x) == len(y):
         return _assigned(x, y, p) ** (1 / p)
     try:
-        import ot
+        import ot  # pyright: ignore[reportMissingImports]
     except ImportError:
         common = math.lcm(len(x), len(y))
         if equal and common <= 2000:
