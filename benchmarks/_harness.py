@@ -118,6 +118,27 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Within(Row):
+    """A figure that has to lie between two bounds."""
+
+    value: float = 0.0
+    bounds: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def verdict(self) -> str:
+        """PASS or MISS; empty where nothing is asked for."""
+        low, high = self.bounds
+        return "" if low == high else ("PASS" if low <= self.value <= high else "MISS")
+
+
+def line(name: str, value: float, bounds: tuple[float, float], note: str = "") -> Within:
+    """One figure."""
+    asked = "" if bounds[0] == bounds[1] else f"{bounds[0]:g} to {bounds[1]:g}"
+    more = {"value": Spread.of([value])}
+    return Within(name, note="; ".join(x for x in (asked, note) if x), more=more, value=value, bounds=bounds)
+
+
+@dataclasses.dataclass(frozen=True)
 class Claim:
     """One numbered claim: title, problem, what its ratios are relative to, rows.
 

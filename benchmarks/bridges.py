@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +83,7 @@ def truth(dim: int, epsilon: float) -> Plan:
     wide = sigma + epsilon * np.eye(dim)
     pull = np.linalg.solve(wide, mu[..., None])[..., 0]
     constants = -np.linalg.slogdet(wide)[1] / 2 - (mu * pull).sum(axis=1) / 2
-    # epsilon S = (1 / epsilon + 1 / sigma)^-1 = epsilon sigma / (sigma + epsilon), and r = epsilon mu / (sigma + epsilon).
+    # epsilon S = (1 / epsilon + 1 / sigma)^-1 = epsilon sigma / (sigma + epsilon); r = epsilon mu / (sigma + epsilon).
     spreads = np.linalg.solve(wide, sigma)
     return Plan(constants, epsilon * pull, (spreads + spreads.transpose(0, 2, 1)) / 2, epsilon)
 
@@ -227,29 +228,37 @@ def msci(options: Options) -> Claim:
     days = {day: np.load(p, allow_pickle=False) for day, p in paths.items()}
     out, both = [], []
     for setup in sf.data.msci_setups(days):
-        (t0, x0), (t1, x1) = setup.train.pairs()[0]
-        t = (setup.time - t0) / (t1 - t0)
-        units = setup.train.unstandardise
-        distance = lambda x: float(
-            sf.metrics.energy_distance(np.asarray(units(x), np.float32), np.asarray(setup.cells, np.float32))
-        )
-        scores, independent = [], []
-        for seed in range(5):
-            bridge = sf.bridges.light_sb(x0, x1, epsilon=0.1, num_components=10, steps=STEPS, key=jax.random.key(seed))
-            keys = jax.random.split(jax.random.key(100 + seed), len(x0))
-            ts = jnp.array([t], jnp.float32)
-            path = jax.jit(jax.vmap(lambda x, key, b=bridge: b.sample_path(x, ts, key=key)[0]))(jnp.asarray(x0), keys)
-            scores.append(distance(np.asarray(path)))
-            rng = np.random.default_rng(seed)
-            other = x1[rng.integers(len(x1), size=len(x0))]
-            noise = np.sqrt(0.1 * t * (1 - t)) * rng.standard_normal(x0.shape)
-            independent.append(distance((1 - t) * x0 + t * other + noise))
-        both.append(statistics.mean(scores))
-        copies, other = (distance(x0), distance(x1)), statistics.mean(independent)
-        note = f"copy start {copies[0]:.3f}, copy end {copies[1]:.3f}, independent {other:.3f}"
-        out.append(Row(f"days {t0:g} -> {t1:g}, day {setup.time:g}", note=note, more={"value": Spread.of(scores)}))
+        row, mean = day_held_out(setup)
+        out.append(row)
+        both.append(mean)
     out.append(line("mean of both", statistics.mean(both), (0.0, 2.36)))
     return Claim("bridges", title, setting, "the figures", out)
+
+
+def day_held_out(setup: sf.data.HeldOut) -> tuple[Row, float]:
+    """One setup of the two, and the mean of its distances."""
+    (t0, x0), (t1, x1) = setup.train.pairs()[0]
+    t = setup.fraction
+    ts = jnp.array([t], jnp.float32)
+    cells = np.asarray(setup.cells, np.float32)
+
+    def distance(x: np.ndarray) -> float:
+        return float(sf.metrics.energy_distance(np.asarray(setup.train.unstandardise(x), np.float32), cells))
+
+    scores, independent = [], []
+    for seed in range(5):
+        key = jax.random.key(seed)
+        bridge = sf.bridges.light_sb(x0, x1, epsilon=0.1, num_components=10, steps=STEPS, key=key)
+        keys = jax.random.split(jax.random.key(100 + seed), len(x0))
+        path = eqx.filter_jit(lambda b, x, k: jax.vmap(lambda x, k: b.sample_path(x, ts, key=k)[0])(x, k))
+        scores.append(distance(np.asarray(path(bridge, jnp.asarray(x0), keys))))
+        rng = np.random.default_rng(seed)
+        noise = np.sqrt(0.1 * t * (1 - t)) * rng.standard_normal(x0.shape)
+        independent.append(distance((1 - t) * x0 + t * x1[rng.integers(len(x1), size=len(x0))] + noise))
+    copies, other = (distance(x0), distance(x1)), statistics.mean(independent)
+    note = f"copy start {copies[0]:.3f}, copy end {copies[1]:.3f}, independent {other:.3f}"
+    name = f"days {t0:g} -> {t1:g}, day {setup.time:g}"
+    return Row(name, note=note, more={"value": Spread.of(scores)}), statistics.mean(scores)
 
 
 def run(options: Options) -> list[Claim]:

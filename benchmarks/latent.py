@@ -13,7 +13,6 @@ torchsde's settings in small: a = (10, 28, 8/3), noise (.1, .28, .3) x, 100 obse
 deviation of 0.01 after normalising, 4 latent numbers.
 """
 
-import dataclasses
 import time
 from typing import Any
 
@@ -25,30 +24,9 @@ import optax
 import sdeflow as sf
 from sdeflow.data import TimeSeries
 
-from ._harness import Claim, Options, Row, Spread
+from ._harness import Claim, Options, line
 
 RATE, SIGMA, NOISE, SPAN, COUNT = 1.0, 0.8, 0.3, 2.0, 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Within(Row):
-    """A figure that has to lie between two bounds."""
-
-    value: float = 0.0
-    bounds: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def verdict(self) -> str:
-        """PASS or MISS; empty where nothing is asked for."""
-        low, high = self.bounds
-        return "" if low == high else ("PASS" if low <= self.value <= high else "MISS")
-
-
-def line(name: str, value: float, bounds: tuple[float, float], note: str = "") -> Within:
-    """One figure."""
-    asked = "" if bounds[0] == bounds[1] else f"{bounds[0]:g} to {bounds[1]:g}"
-    more = {"value": Spread.of([value])}
-    return Within(name, note="; ".join(x for x in (asked, note) if x), more=more, value=value, bounds=bounds)
 
 
 def trained(model: Any, data: TimeSeries, steps: int, rate: float, warmup: int, size: int) -> tuple[Any, float]:
