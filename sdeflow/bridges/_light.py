@@ -191,7 +191,7 @@ class _Diagonal(eqx.Module):
 
 
 class _Full(eqx.Module):
-    """Log weights times epsilon, centres, and the factor of S^-1 with its diagonal as logarithms."""
+    """Log weights times epsilon, centres, and the lower factor of S with its diagonal as logarithms."""
 
     weights: Array
     centres: Array
@@ -214,8 +214,11 @@ class _Full(eqx.Module):
         turned = jnp.einsum("bd,kde->bke", x, factor)
         c = weights + ((turned**2).sum(axis=-1) / 2 + x @ self.centres.T) / epsilon
         gap = jnp.swapaxes(y[:, None] - self.centres, 0, 1)
-        solved = jax.lax.linalg.triangular_solve(factor, gap.mT, left_side=True, lower=True)
-        v = weights - logs.sum(axis=1) - (solved**2).sum(axis=1).T / (2 * epsilon)
+        # K small inverses and a product are many times faster on a CPU than one solve for all rows.
+        eye = jnp.broadcast_to(jnp.eye(x.shape[1], dtype=x.dtype), factor.shape)
+        inverse = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+        solved = gap @ inverse.mT
+        v = weights - logs.sum(axis=1) - (solved**2).sum(axis=-1).T / (2 * epsilon)
         return jax.nn.logsumexp(c, axis=1).mean() - jax.nn.logsumexp(v, axis=1).mean()
 
     def potential(self, epsilon: Array) -> MixturePotential:
