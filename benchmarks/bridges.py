@@ -240,7 +240,7 @@ def day_held_out(setup: sf.data.HeldOut) -> tuple[Row, float]:
     (t0, x0), (t1, x1) = setup.train.pairs()[0]
     t = setup.fraction
     ts = jnp.array([t], jnp.float32)
-    cells = np.asarray(setup.cells, np.float32)
+    cells = np.asarray(setup.train.unstandardise(setup.cells), np.float32)
 
     def distance(x: np.ndarray) -> float:
         return float(sf.metrics.energy_distance(np.asarray(setup.train.unstandardise(x), np.float32), cells))
