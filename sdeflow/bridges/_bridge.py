@@ -6,7 +6,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -64,19 +63,21 @@ class Bridge(eqx.Module):
 
     def drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The drift at one state; use ``vmap`` for more. From samples it is finite before t1 only, else up to t1."""
-        return self._reference_drift(t, x) + self._noise(self._ahead(t, x))
+        return self._reference_drift(t, x) + self._noise(self._ahead(*self._place(t, x)))
 
     def backward_drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The drift for decreasing times, whose noise is L dW of a Brownian motion that runs backwards."""
-        return self._reference_drift(t, x) - self._noise(self._behind(t, x))
+        return self._reference_drift(t, x) - self._noise(self._behind(*self._place(t, x)))
 
     def velocity(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The velocity of the ordinary equation with the same densities: the mean of drift and backward drift."""
-        return self._reference_drift(t, x) + self._noise(self._ahead(t, x) - self._behind(t, x)) / 2
+        place = self._place(t, x)
+        return self._reference_drift(t, x) + self._noise(self._ahead(*place) - self._behind(*place)) / 2
 
     def score(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The gradient of the log density at time t."""
-        return self._ahead(t, x) + self._behind(t, x)
+        place = self._place(t, x)
+        return self._ahead(*place) + self._behind(*place)
 
     def endpoint_mean(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The mean of X(t1) given X(t) = x."""
@@ -158,23 +159,20 @@ class Bridge(eqx.Module):
         if direction == "flow":
             return ODE(lambda t, y, args: self.velocity(t, y))
         drift = self.drift if direction == "forward" else self.backward_drift
-        noise = self.reference.L
-        if self.clock.scale.ndim == 1:
-            diffusion = lambda t, y, args: jnp.broadcast_to(jnp.diagonal(noise).astype(y.dtype), y.shape)
-        else:
-            diffusion = lambda t, y, args: lx.MatrixLinearOperator(noise.astype(y.dtype))
-        return SDE(lambda t, y, args: drift(t, y), diffusion, additive=True)
+        return SDE(lambda t, y, args: drift(t, y), self.reference.diffusion, additive=True)
 
-    def _ahead(self, t: Any, x: Array) -> Array:
-        """The gradient of log phi in x."""
+    def _place(self, t: Any, x: Array) -> tuple[Array, Array, Array]:
+        """The derivative of the coordinates in x, the coordinates, and what is left of the clock."""
         jacobian, offset, left = self.clock.map(t)
-        z = apply(jacobian, self._state(x)) + offset
+        return jacobian, apply(jacobian, self._state(x)) + offset, left
+
+    def _ahead(self, jacobian: Array, z: Array, left: Array) -> Array:
+        """The gradient of log phi in x."""
         return apply(jacobian.T, self.potential.gradient(z, left))
 
-    def _behind(self, t: Any, x: Array) -> Array:
+    def _behind(self, jacobian: Array, z: Array, left: Array) -> Array:
         """The gradient of log phi^ in x: the same coordinates, with what has passed of the clock left to go."""
-        potential, (jacobian, offset, left) = self._backward(), self.clock.map(t)
-        z = apply(jacobian, self._state(x)) + offset
+        potential = self._backward()
         passed = jnp.eye(len(z), dtype=z.dtype) - left if jnp.ndim(left) == 2 else 1 - left
         return apply(jacobian.T, potential.gradient(z, passed))
 

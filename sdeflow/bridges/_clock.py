@@ -78,6 +78,10 @@ class Clock(eqx.Module):
             )
         self.shift = jnp.zeros(len(variance), dtype) if shift is None else jnp.asarray(shift, dtype)
 
+    def around(self, z: Array) -> "Clock":
+        """The same clock with what has the coordinates z (d,) for its origin."""
+        return eqx.tree_at(lambda clock: clock.shift, self, (self.shift + z).astype(self.shift.dtype))
+
     def map(self, t: Any) -> tuple[Array, Array, Array]:
         """The map from states at t to coordinates, and what is left of the noise.
 

@@ -47,7 +47,7 @@ def gaussian_sb(m0: Any, S0: Any, m1: Any, S1: Any, reference: LinearSDE, *, t0:
         >>> round(float(bridge.potential.spread[0, 0]), 6)
         0.309017
     """
-    dtype = jnp.result_type(reference.b.dtype, float if jnp.asarray(m0).dtype == jnp.float64 else reference.b.dtype)
+    dtype = jnp.result_type(reference.b, jnp.asarray(m0))
     m0, S0, m1, S1 = (jnp.asarray(v, dtype) for v in (m0, S0, m1, S1))
     d = reference.b.shape[0]
     for name, value, shape in (("m0", m0, (d,)), ("S0", S0, (d, d)), ("m1", m1, (d,)), ("S1", S1, (d, d))):
@@ -56,13 +56,12 @@ def gaussian_sb(m0: Any, S0: Any, m1: Any, S1: Any, reference: LinearSDE, *, t0:
         if len(shape) == 2 and is_concrete(value):
             _check_covariance(name, np.asarray(value, np.float64))
     clock = Clock(reference, t0, t1)
-    clock = Clock(reference, t0, t1, shift=clock.end(m1))
+    clock = clock.around(clock.end(m1))
     jacobian, _, _ = clock.map(clock.t0)
     inside = lambda m, S: m[:, None] * S * m if m.ndim == 1 else m @ S @ m.T
-    with_precision = (inside(jacobian, S0), inside(clock.scale, S1))
-    z0, z1 = clock.start(m0), clock.end(m1)
-    potential = _component(z0, with_precision[0], z1, with_precision[1], clock.epsilon)
-    backward = _component(z1, with_precision[1], z0, with_precision[0], clock.epsilon)
+    here, there = (clock.start(m0), inside(jacobian, S0)), (clock.end(m1), inside(clock.scale, S1))
+    potential = _component(*here, *there, clock.epsilon)
+    backward = _component(*there, *here, clock.epsilon)
     okay: Any = RESULTS.successful
     return Bridge(clock, potential, backward, result=okay)
 

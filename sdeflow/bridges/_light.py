@@ -11,6 +11,7 @@ the others'. Two things differ from the official defaults, which ``spread`` and 
 start with S = 1 rather than .1, from which many never recover, and the rate falls to 0 along a cosine.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -110,12 +111,11 @@ def light_sb(
     def learn(source: Array, target: Array, key: PRNGKeyArray) -> tuple[MixturePotential, Array, Array]:
         rows = jr.choice(jr.fold_in(key, _START), len(target), (num_components,), replace=num_components > len(target))
         start = kind.start(target[rows], spread, clock.epsilon)
-        rule = optim
+        rule, size = optim, jnp.ones((), target.dtype)
         if rule is None:
-            size = jax.lax.stop_gradient(target.std(axis=0).mean())
-            rule = optax.chain(optax.adam(optax.cosine_decay_schedule(_RATE, steps)), optax.scale(size))
+            rule, size = _default(steps), jax.lax.stop_gradient(target.std(axis=0).mean())
         train_key = jr.fold_in(key, _TRAIN)
-        best, losses = _train(start, source, target, clock.epsilon, rule, steps, batch_size, train_key, progress)
+        best, losses = _train(start, source, target, clock.epsilon, rule, size, steps, batch_size, train_key, progress)
         return best.potential(clock.epsilon), losses, jnp.isfinite(losses).all()
 
     potential, losses, finite = learn(z0, z1, key)
@@ -134,6 +134,12 @@ def light_sb(
             result, "The loss of light_sb became infinite or NaN: lower the rate of `optim`, or scale the data."
         )
     return Bridge(clock, potential, back, history=history, result=result)
+
+
+@functools.lru_cache
+def _default(steps: int) -> optax.GradientTransformation:
+    # One object for equal numbers of steps, so that a second fit finds the compiled program of the first.
+    return optax.adam(optax.cosine_decay_schedule(_RATE, steps))
 
 
 def light_loss(potential: MixturePotential, z0: Float[Array, "n d"], z1: Float[Array, "m d"]) -> Float[Array, ""]:
@@ -233,19 +239,20 @@ def _train(
     y: Array,
     epsilon: Array,
     optim: optax.GradientTransformation,
+    size: Array,
     steps: int,
     batch_size: int,
     key: PRNGKeyArray,
     wanted: bool,
 ) -> tuple[Any, Array]:
-    """The last parameters, and the mean loss of each chunk of the steps."""
-    size = -(-steps // min(_CHUNKS, steps))
-    bounds = [(a, min(a + size, steps)) for a in range(0, steps, size)]
+    """The last parameters, moved by ``size`` times what ``optim`` says, and the mean loss of each chunk of steps."""
+    length = -(-steps // min(_CHUNKS, steps))
+    bounds = [(a, min(a + length, steps)) for a in range(0, steps, length)]
     bar, state, losses = make_progress(wanted, steps, 0), optim.init(params), []
     try:
         for first, last in bounds:
             params, state, loss = _chunk(
-                params, state, x, y, epsilon, key, jnp.asarray(first), last - first, batch_size, optim.update
+                params, state, x, y, epsilon, size, key, jnp.asarray(first), last - first, batch_size, optim.update
             )
             losses.append(loss)
             if wanted:
@@ -262,6 +269,7 @@ def _chunk(
     x: Array,
     y: Array,
     epsilon: Array,
+    size: Array,
     key: PRNGKeyArray,
     first: Array,
     count: int,
@@ -274,6 +282,7 @@ def _chunk(
         rows = jr.randint(for_x, (batch_size,), 0, len(x)), jr.randint(for_y, (batch_size,), 0, len(y))
         value, grads = jax.value_and_grad(lambda p: p.loss(x[rows[0]], y[rows[1]], epsilon))(params)
         moves, state = update(grads, state, params)
+        moves = jax.tree.map(lambda move: size * move, moves)
         return (optax.apply_updates(params, moves), state), value
 
     (params, state), values = jax.lax.scan(one, (params, state), first + jnp.arange(count))

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from .._compat import is_concrete
 from ..equations import BrownianMotion, LinearSDE
+from ..metrics._average import as_float
 from ._clock import Clock
 
 
@@ -31,14 +32,12 @@ def prepared(
     if reference is None:
         if is_concrete(epsilon) and not (np.isfinite(epsilon) and epsilon > 0):
             raise ValueError(f"epsilon must be positive and finite, got {epsilon}.")
-        if is_concrete(t0, t1) and not t0 < t1:
-            raise ValueError(f"a bridge needs t0 < t1, got t0={t0} and t1={t1}.")
         sigma = jnp.sqrt(jnp.asarray(epsilon, x0.dtype) / (jnp.asarray(t1, x0.dtype) - t0))
         reference = BrownianMotion(x0.shape[1], sigma)
     elif reference.b.shape != x0.shape[1:]:
         raise ValueError(f"the reference has {reference.b.shape[0]} components and the samples {x0.shape[1]}.")
     clock = Clock(reference, t0, t1)
-    clock = Clock(reference, t0, t1, shift=clock.end(x1).mean(axis=0))
+    clock = clock.around(clock.end(x1).mean(axis=0))
     return clock, clock.start(x0), clock.end(x1)
 
 
@@ -48,7 +47,7 @@ def _cloud(name: str, x: Any) -> Array:
         raise ValueError(f"{name} must be an array of numbers of shape (n, d), got shape {x.shape} and {x.dtype}.")
     if len(x) < 2:
         raise ValueError(f"{name} must have at least two rows, got {len(x)}.")
-    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+    x = as_float(x)
     if is_concrete(x) and not bool(jnp.isfinite(x).all()):
         row = int(np.flatnonzero(~np.isfinite(np.asarray(x)).all(axis=1))[0])
         raise ValueError(f"{name} has numbers that are not finite, first in row {row}.")

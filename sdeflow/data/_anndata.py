@@ -15,6 +15,7 @@ from ._long import is_missing
 from ._read import as_numbers
 
 _LIMIT = 2**30  # Bytes of a dense array made from a sparse one, or read from a file.
+ANEW = "compute it anew, or leave these cells out"  # What to do about cells that are not finite.
 _BLOCK = 2**26  # Bytes that are read from a file at once.
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
@@ -43,12 +44,7 @@ def read_cells(
     values, names = coordinates(adata, rep)
     if values.shape[0] != when.size:
         raise ValueError(f"{source(rep)} has {values.shape[0]} rows, but there are {when.size} cells in obs[{time!r}].")
-    bad = ~np.isfinite(values).all(axis=1)
-    if bad.any():
-        raise ValueError(
-            f"{bad.sum()} of the {bad.size} cells have values that are not finite in {source(rep)}, the first in row "
-            f"{np.argmax(bad)}; compute it anew, or leave these cells out."
-        )
+    check_finite(values, source(rep), np.arange(when.size), ANEW)
     distinct, counts = np.unique(when, return_counts=True)
     if distinct.size < 2:
         raise ValueError(
@@ -203,4 +199,18 @@ def check_memory(shape: tuple[int, ...], itemsize: int, what: str, instead: str)
         raise ValueError(
             f"{what} would take {size / 2**30:.1f} GiB as a dense array of {shape[0]} cells and {shape[1]} columns, "
             f"above the limit of {_LIMIT / 2**30:g} GiB; {instead}."
+        )
+
+
+def check_finite(values: np.ndarray, what: str, rows: np.ndarray, advice: str) -> None:
+    """Refuse cells with values that are not finite; ``rows`` says which rows of the AnnData they are.
+
+    Raises:
+        ValueError: with how many there are, and the first.
+    """
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"{bad.sum()} of the {bad.size} cells have values that are not finite in {what}, the first in row "
+            f"{rows[np.argmax(bad)]}; {advice}."
         )

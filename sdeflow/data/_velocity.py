@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._compat import warn
-from ._anndata import cell_times, check_memory, coordinates, source
+from ._anndata import ANEW, cell_times, check_finite, check_memory, coordinates, source
 from ._snapshots import Snapshots
 
 _BLOCK = 1024  # Cells at once: the drift between two samples of 10 000 cells then takes 40 MB.
@@ -99,7 +99,7 @@ def write_velocity(
     when, column = _when(adata, time, times, len(cells))
     known = ~np.isnan(when)
     when = _clip(when, float(bridge.t0), float(bridge.t1), latest)
-    _check_finite(cells[known], source(rep), np.flatnonzero(known), "compute it anew, or leave these cells out")
+    check_finite(cells[known], source(rep), np.flatnonzero(known), ANEW)
     dim = cells.shape[1] if like is None else like.dim
     if dim > cells.shape[1]:
         raise ValueError(f"{source(rep)} has {cells.shape[1]} components, but like has {dim}.")
@@ -107,7 +107,7 @@ def write_velocity(
     inside = cells[known][:, :dim] if like is None else (cells[known][:, :dim] - like.shift) / like.scale
     found = _evaluate(getattr(bridge, kind), when[known], inside, isinstance(bridge, eqx.Module))
     advice = "a bridge between samples has no drift at its end: give latest=, a time a little before it"
-    _check_finite(found, f"the bridge's {kind}", np.flatnonzero(known), advice)
+    check_finite(found, f"the bridge's {kind}", np.flatnonzero(known), advice)
     velocity[np.ix_(known, np.arange(dim))] = found if like is None else found * like.scale
     _warn_unknown(known)
     genes = {} if loadings is None else _genes(adata, loadings[:, :dim], cells[:, :dim], velocity[:, :dim])
@@ -151,15 +151,6 @@ def _clip(when: np.ndarray, t0: float, t1: float, latest: float | None) -> np.nd
         )
         warn(message)
     return np.clip(when, t0, late)
-
-
-def _check_finite(values: np.ndarray, what: str, rows: np.ndarray, advice: str) -> None:
-    bad = ~np.isfinite(values).all(axis=1)
-    if bad.any():
-        raise ValueError(
-            f"{bad.sum()} of the {bad.size} cells have values that are not finite in {what}, the first in row "
-            f"{rows[np.argmax(bad)]}; {advice}."
-        )
 
 
 def _warn_unknown(known: np.ndarray) -> None:

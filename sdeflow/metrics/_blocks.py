@@ -26,7 +26,11 @@ def cloud(name: str, x: Any) -> Float[Array, "n D"]:
     Raises:
         ValueError: if there are no points, they are not finite, or have another number of axes.
     """
-    x = as_float(x)
+    return as_rows(name, as_float(x))
+
+
+def as_rows(name: str, x: Any) -> Any:
+    """An array of JAX or of NumPy as points in rows, under the checks of `cloud`."""
     x = x[:, None] if x.ndim == 1 else x
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name} must be points of shape (n, D) with n and D at least 1, got shape {x.shape}.")
@@ -58,14 +62,19 @@ def masses(name: str, weight: Any, points: Array, normalise: bool = True) -> Flo
     if weight is None:
         return jnp.full(n, 1 / n, points.dtype)
     weight = jnp.asarray(weight)
+    check_masses(name, weight, n)
+    weight = weight.astype(points.dtype)
+    return weight / weight.sum() if normalise else weight
+
+
+def check_masses(name: str, weight: Any, n: int) -> None:
+    """That there is a weight for each of n points, none negative and one positive, in an array of JAX or NumPy."""
     if weight.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},), one weight for each point, got {weight.shape}.")
     if is_concrete(weight):
         values = np.asarray(weight)
         if not np.isfinite(values).all() or (values < 0).any() or not (values > 0).any():
             raise ValueError(f"{name} must be finite weights of which none is negative and one is positive.")
-    weight = weight.astype(points.dtype)
-    return weight / weight.sum() if normalise else weight
 
 
 def block_rows(n: int, m: int, chunk: int | None) -> int:

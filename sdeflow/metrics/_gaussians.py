@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ._blocks import as_rows
+
 
 def bw2_uvp(x: Any, y: Any) -> float:
     r"""The moments' distance of a sample from the target, ``100 BW^2 / (tr Cov Y / 2)``, in percent.
@@ -82,13 +84,7 @@ def samples(name: str, x: Any) -> np.ndarray:
     Raises:
         ValueError: if there are no points, they are not finite, or have another number of axes.
     """
-    x = np.asarray(x, float)
-    x = x[:, None] if x.ndim == 1 else x
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"{name} must be points of shape (n, D) with n and D at least 1, got shape {x.shape}.")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name} has points that are infinite or NaN.")
-    return x
+    return as_rows(name, np.asarray(x, float))
 
 
 def _moments(name: str, z: Any) -> tuple[np.ndarray, np.ndarray]:

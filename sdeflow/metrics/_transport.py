@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ._blocks import check_masses
 from ._gaussians import samples
 
 
@@ -80,10 +81,7 @@ def _shares(name: str, weight: Any, n: int) -> np.ndarray:
     if weight is None:
         return np.full(n, 1 / n)
     weight = np.asarray(weight, float)
-    if weight.shape != (n,):
-        raise ValueError(f"{name} must have shape ({n},), one weight for each point, got {weight.shape}.")
-    if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
-        raise ValueError(f"{name} must be finite weights of which none is negative and one is positive.")
+    check_masses(name, weight, n)
     return weight / weight.sum()
 
 
