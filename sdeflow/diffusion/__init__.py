@@ -33,3 +33,6 @@ from ._schedules import MeanReverting as MeanReverting
 from ._schedules import SubVP as SubVP
 from ._schedules import Tabulated as Tabulated
 from ._singlestep import Singlestep as Singlestep
+from ._statistics import Statistics as Statistics
+from ._statistics import model_statistics as model_statistics
+from ._v3 import DPMSolverV3 as DPMSolverV3

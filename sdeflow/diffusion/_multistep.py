@@ -163,7 +163,7 @@ def adams(form: Any, points: Points, order: int, lower_order_final: bool, correc
         lower_order_final: whether the last steps combine fewer.
         corrector: whether every point is corrected once the output there is known.
     """
-    count, ends_clean = len(points) - 1, points.noiseless
+    count, ends_clean, (xp, _) = len(points) - 1, points.noiseless, module_of(points.l)
     orders = [min(order, i + 1, count - i if lower_order_final else order) for i in range(count)]
     if ends_clean:
         orders[-1] = 1
@@ -184,14 +184,15 @@ def adams(form: Any, points: Points, order: int, lower_order_final: bool, correc
         kept, weight = form.last(count - 1, count)
         keep.append(([count - 1], kept[None]))
         out.append(([count - 1], weight[None, None]))
+        offset.append(([count - 1], None if not offset or offset[0][1] is None else xp.zeros_like(kept)[None]))
     columns = {"keep": joined(keep), "out": joined(out, width), "width": width}
     if offset and offset[0][1] is not None:
         columns["offset"] = joined(offset)
-    if not corrector or count < 2:
+    if not corrector or len(plain) < 2:
         return columns
-    xp, _ = module_of(points.l)
     fix, fix_offset = [], []
-    for rows, k in groups({i: orders[i - 1] + 1 for i in range(1, count)}):
+    # What ends on the data takes it from where it was predicted.
+    for rows, k in groups({i: orders[i - 1] + 1 for i in range(1, len(plain))}):
         i = np.asarray(rows)
         _, weights, shift = form.step(i - 1, i, i[:, None] - np.arange(k), 1)
         # What the corrected step takes more than the predicted one did.
@@ -199,7 +200,8 @@ def adams(form: Any, points: Points, order: int, lower_order_final: bool, correc
         fix.append((rows, xp.concatenate([weights[:, :1], weights[:, 1:] - before], axis=1)))
         if shift is not None:
             fix_offset.append((rows, shift - columns["offset"][i - 1]))
-    nothing = lambda x: ([0], xp.zeros_like(x[:1]))
+    left_out = [0, *range(max(len(plain), 1), count)]
+    nothing = lambda x: (left_out, xp.zeros((len(left_out), *x.shape[1:]), x.dtype))
     columns["fix"] = joined([nothing(fix[0][1]), *fix], width)
     if fix_offset:
         columns["fix_offset"] = joined([nothing(fix_offset[0][1]), *fix_offset])

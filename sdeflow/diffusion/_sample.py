@@ -215,7 +215,17 @@ def _refuse_noise(table: Table, solver: Any) -> None:
 def _followed(
     denoiser: Any, table: Table, x: Array, base: Array | None, args: Any, key: Any, adjoint: Any, pair: bool
 ) -> Any:
-    """What the table leads to."""
+    """What the table leads to.
+
+    Raises:
+        ValueError: if the table was made for states of another shape.
+    """
+    made_for = np.shape(table.keep)[1:]
+    if made_for and made_for != x.shape:
+        raise ValueError(
+            f"the statistics are for states of shape {made_for}, but the state has shape {x.shape}: use jax.vmap for "
+            "a batch."
+        )
     out = _run(denoiser, table, x, base, args, key, _policy(adjoint, table, x))
     _check_finite(out.x)
     return (out.x, out.base) if pair else out.x

@@ -43,7 +43,8 @@ class Singlestep(AbstractSampler):
     Arguments:
         order: how many evaluations a step takes, 1 to 3; of no meaning with ``method``.
         reads: "noise" or "data".
-        fast: spend ``num_steps`` evaluations, most of them in steps of order 3 and the rest in shorter ones at the end.
+        fast: spend ``num_steps`` evaluations, most of them in steps of order 3 and the rest in shorter ones at the end;
+            the stages within a step are then spaced as the grid is.
         method: "heun", "kutta" or "rk4" for Runge-Kutta methods in rho.
         lower_order_final: whether the last step of a Runge-Kutta method is one of Euler's. Where no noise is left at
             the end, it always is.
@@ -156,7 +157,7 @@ class Singlestep(AbstractSampler):
             weights = [[w * xp.exp(p.log_alpha) * (rho_b - rho_a) for w in row] for p, row in zip(places, rows)]
             return _stacked(xp, [a, *inner], grow, weights)
         fractions = _STAGES[kind]
-        if isinstance(grid, str) and grid != "logsnr":
+        if self.fast and grid != "logsnr":
             inner = [Points.at(schedule, between(schedule, grid, a.t, b.t, x)) for x in fractions]
         else:
             inner = [Points.at(schedule, schedule.t_of_log_snr(a.l + x * (b.l - a.l))) for x in fractions]
@@ -164,17 +165,17 @@ class Singlestep(AbstractSampler):
         h = b.l - a.l
         if self.reads == "noise":
             grow = [xp.exp(p.log_alpha - a.log_alpha) for p in places]
-            one = [-xp.exp(p.log_sigma) * xp.expm1(p.l - a.l) for p in places]
-            # Where no noise is left, the limit.
             if kind == 1:
-                one = [xp.exp(p.log_sigma) - g * xp.exp(a.log_sigma) for p, g in zip(places, grow)]
-            two = [-xp.exp(p.log_sigma) * (xp.expm1(p.l - a.l) / (p.l - a.l) - 1) for p in places] if kind > 1 else []
+                # In the form that has a limit where no noise is left.
+                return _stacked(xp, [a], grow, [[xp.exp(b.log_sigma) - grow[0] * xp.exp(a.log_sigma)]])
+            one = [-xp.exp(p.log_sigma) * xp.expm1(p.l - a.l) for p in places]
+            two = [-xp.exp(p.log_sigma) * (xp.expm1(p.l - a.l) / (p.l - a.l) - 1) for p in places]
         else:
             grow = [xp.exp(p.log_sigma - a.log_sigma) for p in places]
             one = [-xp.exp(p.log_alpha) * xp.expm1(a.l - p.l) for p in places]
-            two = [xp.exp(p.log_alpha) * (xp.expm1(a.l - p.l) / (p.l - a.l) + 1) for p in places] if kind > 1 else []
-        if kind == 1:
-            return _stacked(xp, [a], grow, [one])
+            if kind == 1:
+                return _stacked(xp, [a], grow, [one])
+            two = [xp.exp(p.log_alpha) * (xp.expm1(a.l - p.l) / (p.l - a.l) + 1) for p in places]
         r = [(p.l - a.l) / h for p in places]
         first = [one[0]]
         if kind == 2:

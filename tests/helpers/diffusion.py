@@ -23,15 +23,15 @@ SCHEDULE = sf.diffusion.VP()
 
 def noise_of(x, alpha, sigma, rows=slice(None), xp=jnp):
     """The best prediction of the noise in x (..., 2), with the components in ``rows`` alone."""
-    means, deviations = alpha * MEANS[rows], DEVIATIONS[rows]
+    weights, means, deviations, turns = (xp.asarray(a[rows], x.dtype) for a in (WEIGHTS, MEANS, DEVIATIONS, _TURNS))
     # In the axes of each component its covariance is diagonal.
-    turned = xp.einsum("kji,...kj->...ki", _TURNS[rows], x[..., None, :] - means)
+    turned = xp.einsum("kji,...kj->...ki", turns, x[..., None, :] - alpha * means)
     variance = alpha**2 * deviations**2 + sigma**2
-    logits = np.log(WEIGHTS[rows]) - xp.log(variance).sum(-1) / 2 - (turned**2 / variance).sum(-1) / 2
+    logits = xp.log(weights) - xp.log(variance).sum(-1) / 2 - (turned**2 / variance).sum(-1) / 2
     logits = logits - logits.max(-1, keepdims=True)
     w = xp.exp(logits)
     w = w / w.sum(-1, keepdims=True)
-    return sigma * xp.einsum("...k,kij,...kj->...i", w, _TURNS[rows], turned / variance)
+    return sigma * xp.einsum("...k,kij,...kj->...i", w, turns, turned / variance)
 
 
 def denoiser(schedule=SCHEDULE, scale=None):
