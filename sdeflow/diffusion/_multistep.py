@@ -52,7 +52,7 @@ class AbstractSampler(eqx.Module):
         Arguments:
             schedule: of the noise.
             times: shape (N + 1,), monotone: from noise to data, or back for an inversion.
-            grid: the name of the rule that made the times, or a Grid.
+            grid: the name of the rule that made the times; None for a Grid.
             num_steps: the number that was asked for.
         """
 

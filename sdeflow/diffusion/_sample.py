@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from .._compat import is_concrete, warn
 from .._results import RESULTS, SolveError, message_of
-from ..adjoints import DiscreteAdjoint
+from ..adjoints import DiscreteAdjoint, ReversibleAdjoint
 from ..solving._choose import choose_adjoint
 from ..walking import checkpointed_scan
 from ._bdia import BDIA, lost_digits
@@ -23,6 +23,7 @@ from ._denoiser import AbstractDenoiser, check_denoiser
 from ._multistep import AbstractSampler, Multistep
 from ._singlestep import Singlestep
 from ._table import Table, Walked, follow, read
+from ._undo import follow_to_undo
 
 State = Array | tuple[Array, Array]
 
@@ -57,7 +58,8 @@ def sample(
         t_end: where to end, by default the schedule's ``t_min``. Where the noise vanishes, as at 0, one last step of
             order 1 leads there.
         key: for samplers that add noise.
-        adjoint: `sdeflow.adjoints.DiscreteAdjoint`, which says what a gradient keeps; by default as in `sdeflow.solve`.
+        adjoint: `sdeflow.adjoints.DiscreteAdjoint`, which says what a gradient keeps, by default as in `sdeflow.solve`;
+            for `BDIA` also `sdeflow.adjoints.ReversibleAdjoint`, which keeps nothing but the end.
         return_state: for `BDIA`, return the pair of the sample and the state one knot before it.
 
     Returns:
@@ -76,9 +78,9 @@ def sample(
         [3.0, 3.0]
     """
     x, base = _start(denoiser, x_T, solver, return_state)
-    _check_adjoint(adjoint)
+    _check_adjoint(adjoint, solver)
     times = solver.times(denoiser.schedule, num_steps, grid, t_end)
-    table = solver.table(denoiser.schedule, times, grid, num_steps)
+    table = _table(solver, denoiser.schedule, times, grid, num_steps)
     if table.draws and key is None:
         raise ValueError(f"{type(solver).__name__} adds noise with these options: pass key=.")
     table = table if base is None else table.drop(1)
@@ -136,7 +138,7 @@ def invert(
         True
     """
     x, base = _start(denoiser, x, solver, return_state)
-    _check_adjoint(adjoint)
+    _check_adjoint(adjoint, solver)
     schedule = denoiser.schedule
     times = solver.times(schedule, num_steps, grid, t_end)
     if isinstance(times, np.ndarray) and not np.isfinite(schedule.log_snr(times[-1])):
@@ -158,14 +160,14 @@ def invert(
             raise ValueError(f"fixed_point must be a positive number of iterations, got {fixed_point!r}.")
         if not isinstance(solver, Multistep) or solver.order > 1 or solver.corrector:
             raise ValueError("fixed_point undoes the steps of order 1 alone: use it with DDIM().")
-        table = solver.table(schedule, times, grid, num_steps)
+        table = _table(solver, schedule, times, grid, num_steps)
         _refuse_noise(table, solver)
         out = _undo(denoiser, table, x, args, _policy(adjoint, table, x), fixed_point)
         _check_finite(out)
         return out
     if isinstance(solver, Singlestep) and solver.fast:
         raise ValueError('steps="fast" is made for one direction: invert with steps="single" or "multi".')
-    table = solver.table(schedule, times[::-1], grid, num_steps)
+    table = _table(solver, schedule, times[::-1], grid, num_steps)
     _refuse_noise(table, solver)
     return _followed(denoiser, table, x, base, args, None, adjoint, False)
 
@@ -196,12 +198,34 @@ def _floating(x: Any) -> Array:
     return x
 
 
-def _check_adjoint(adjoint: Any) -> None:
-    if adjoint is not None and not isinstance(adjoint, DiscreteAdjoint):
-        raise ValueError(f"adjoint must be sf.adjoints.DiscreteAdjoint(...) or None, got {type(adjoint).__name__}.")
+def _check_adjoint(adjoint: Any, solver: Any) -> None:
+    if isinstance(adjoint, ReversibleAdjoint) and not isinstance(solver, BDIA):
+        raise ValueError(  # noqa: TRY004
+            f"ReversibleAdjoint undoes steps, which those of {type(solver).__name__} cannot be: use BDIA()."
+        )
+    if adjoint is not None and not isinstance(adjoint, DiscreteAdjoint | ReversibleAdjoint):
+        raise ValueError(
+            f"adjoint must be sf.adjoints.DiscreteAdjoint(...), ReversibleAdjoint() or None, got "
+            f"{type(adjoint).__name__}."
+        )
+
+
+def _table(solver: AbstractSampler, schedule: Any, times: Any, grid: Any, num_steps: int | None) -> Table:
+    """The table: on the host, or for traced times compiled as one program."""
+    name = grid if isinstance(grid, str) else None
+    if isinstance(times, np.ndarray):
+        return solver.table(schedule, times, name, num_steps)
+    return _traced_table(solver, schedule, times, name, num_steps)
+
+
+@eqx.filter_jit
+def _traced_table(solver: AbstractSampler, schedule: Any, times: Any, name: Any, num_steps: int | None) -> Table:
+    return solver.table(schedule, times, name, num_steps)
 
 
 def _policy(adjoint: Any, table: Table, x: Array) -> Any:
+    if isinstance(adjoint, ReversibleAdjoint):
+        return adjoint
     if adjoint is None:
         adjoint, _ = choose_adjoint([x] * (table.width + 1), table.num_rows, None)
     return adjoint.checkpoints
@@ -242,7 +266,10 @@ def _check_finite(x: Array) -> None:
 def _run(denoiser: Any, table: Table, x: Array, base: Any, args: Any, key: Any, checkpoints: Any) -> Walked:
     mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
     base = None if base is None else base - mean
-    out = follow(table, denoiser, x - mean, base, args, key, checkpoints)
+    if isinstance(checkpoints, ReversibleAdjoint):
+        out = follow_to_undo(table, denoiser, x - mean, base, args, checkpoints.max_defect)
+    else:
+        out = follow(table, denoiser, x - mean, base, args, key, checkpoints)
     return Walked(out.x + mean, None if out.base is None else out.base + mean)
 
 

@@ -29,6 +29,14 @@ def module_of(x: Any) -> tuple[Any, Any]:
     return jnp, jnp.asarray(x, jnp.result_type(x, float) if not hasattr(x, "dtype") else None)
 
 
+def cell(knots: Any, x: Any) -> Any:
+    """In which interval between the knots x lies, the first and the last going on beyond."""
+    xp, x = module_of(x)
+    # One comparison with each knot: a search would be a loop within whatever it is compiled into.
+    above = np.searchsorted(knots, x) if xp is np else jnp.searchsorted(knots, x, method="compare_all")
+    return xp.clip(above - 1, 0, len(knots) - 2)
+
+
 def number(value: Any, name: str) -> float:
     """A finite number known on the host.
 

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._compat import is_concrete
-from ._schedule import AbstractSchedule, module_of, number
+from ._schedule import AbstractSchedule, cell, module_of, number
 
 
 class _Preserving(AbstractSchedule):
@@ -345,7 +345,7 @@ def _interpolated(x: Any, knots: np.ndarray, values: np.ndarray) -> Any:
     """Straight lines between the knots, the first and the last going on beyond."""
     xp, x = module_of(x)
     knots, values = xp.asarray(knots, x.dtype), xp.asarray(values, x.dtype)
-    i = xp.clip(xp.searchsorted(knots, x) - 1, 0, len(knots) - 2)
+    i = cell(knots, x)
     return values[i] + (x - knots[i]) * ((values[i + 1] - values[i]) / (knots[i + 1] - knots[i]))
 
 

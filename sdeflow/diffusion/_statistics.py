@@ -24,7 +24,7 @@ from ..grids._build import check_count
 from ..solvers import ExponentialAdams
 from ._denoiser import AbstractDenoiser, check_denoiser
 from ._equations import ProbabilityFlow
-from ._schedule import module_of
+from ._schedule import cell, module_of
 from ._times import knots
 
 # Up to this many components the diagonal is computed exactly.
@@ -82,7 +82,7 @@ class Curves(eqx.Module):
         """The values of l, L, S and B, each of shape (*lam, *state)."""
         xp, lam = module_of(lam)
         grid = xp.asarray(self.knots, lam.dtype)
-        i = xp.clip(xp.searchsorted(grid, lam) - 1, 0, len(self.knots) - 2)
+        i = cell(grid, lam)
         # Constant beyond the ends.
         inside = xp.clip(lam, grid[0], grid[-1])
         widen = lambda x: x.reshape(*x.shape, *[1] * (self.l.ndim - 1))
