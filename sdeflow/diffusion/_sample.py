@@ -23,6 +23,7 @@ from ._denoiser import AbstractDenoiser, check_denoiser
 from ._multistep import AbstractSampler, Multistep
 from ._singlestep import Singlestep
 from ._table import Table, Walked, follow, read
+from ._times import noiseless
 from ._undo import follow_to_undo
 
 State = Array | tuple[Array, Array]
@@ -139,9 +140,10 @@ def invert(
     """
     x, base = _start(denoiser, x, solver, return_state)
     _check_adjoint(adjoint, solver)
+    _refuse_noise(solver)
     schedule = denoiser.schedule
     times = solver.times(schedule, num_steps, grid, t_end)
-    if isinstance(times, np.ndarray) and not np.isfinite(schedule.log_snr(times[-1])):
+    if isinstance(times, np.ndarray) and noiseless(schedule, times[-1]):
         raise ValueError(
             f"there is no noise at t={times[-1]:g}, so nothing leads back from there: pass a larger t_end=."
         )
@@ -161,14 +163,12 @@ def invert(
         if not isinstance(solver, Multistep) or solver.order > 1 or solver.corrector:
             raise ValueError("fixed_point undoes the steps of order 1 alone: use it with DDIM().")
         table = _table(solver, schedule, times, grid, num_steps)
-        _refuse_noise(table, solver)
         out = _undo(denoiser, table, x, args, _policy(adjoint, table, x), fixed_point)
         _check_finite(out)
         return out
     if isinstance(solver, Singlestep) and solver.fast:
         raise ValueError('steps="fast" is made for one direction: invert with steps="single" or "multi".')
     table = _table(solver, schedule, times[::-1], grid, num_steps)
-    _refuse_noise(table, solver)
     return _followed(denoiser, table, x, base, args, None, adjoint, False)
 
 
@@ -231,8 +231,8 @@ def _policy(adjoint: Any, table: Table, x: Array) -> Any:
     return adjoint.checkpoints
 
 
-def _refuse_noise(table: Table, solver: Any) -> None:
-    if table.draws:
+def _refuse_noise(solver: Any) -> None:
+    if any(getattr(solver, name, 0) for name in ("tau", "eta", "churn")):
         raise ValueError(f"{type(solver).__name__} adds noise with these options, so it cannot be inverted.")
 
 

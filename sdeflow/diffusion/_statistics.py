@@ -25,7 +25,7 @@ from ..solvers import ExponentialAdams
 from ._denoiser import AbstractDenoiser, check_denoiser
 from ._equations import ProbabilityFlow
 from ._schedule import cell, module_of
-from ._times import knots
+from ._times import knots, noiseless
 
 # Up to this many components the diagonal is computed exactly.
 _EXACT = 64
@@ -135,9 +135,10 @@ def model_statistics(
         raise ValueError(f"a state of {size} components is too large for an exact diagonal: pass key=.")
     schedule = denoiser.schedule
     count = check_count(num_cells, "num_cells")
-    lam = schedule.log_snr(knots(schedule, count, "logsnr", t_end))
-    if not np.isfinite(lam).all():
+    times = knots(schedule, count, "logsnr", t_end)
+    if noiseless(schedule, times[-1]):
         raise ValueError("statistics need noise at t_end: pass a larger t_end=.")
+    lam = schedule.log_snr(times)
     moments = _moments(denoiser, x_T, args, lam, key, check_count(num_probes, "num_probes"))
     l, mean_f, mean_f1, mean_x, var_f, cov_f1, cov_x, size = (np.asarray(x, np.float64) for x in moments)
     slope = np.gradient(l, lam, axis=0)
@@ -148,7 +149,7 @@ def model_statistics(
 
 
 @eqx.filter_jit
-def _moments(denoiser: Any, x_T: Array, args: Any, lam: np.ndarray, key: Any, num_probes: int) -> tuple[Array, ...]:
+def _moments(denoiser: Any, x_T: Array, args: Any, lam: Any, key: Any, num_probes: int) -> tuple[Array, ...]:
     schedule, dtype = denoiser.schedule, x_T.dtype
     flow = ProbabilityFlow(denoiser).reparametrised()
     mean = jnp.asarray(schedule.mean, dtype)

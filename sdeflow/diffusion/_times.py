@@ -82,11 +82,10 @@ def knots(schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: A
     start, end = schedule.t_max, schedule.t_min if t_end is None else number(t_end, "t_end")
     if not 0 <= end < start:
         raise ValueError(f"t_end must lie between 0 and t_max={start:g}, got {end:g}.")
-    with np.errstate(divide="ignore"):
-        noiseless = not np.isfinite(schedule.log_snr(np.float64(end)))
-    last = schedule.t_min if noiseless else end
-    steps = count - 1 if noiseless else count
-    if noiseless and not 0 < last < start:
+    clean = noiseless(schedule, end)
+    last = schedule.t_min if clean else end
+    steps = count - 1 if clean else count
+    if clean and not 0 < last < start:
         raise ValueError(f"there is no noise at t_end={end:g} and t_min={last:g}: give the schedule a positive t_min.")
     u0, u1 = (coordinate(schedule, grid, np.float64(t)) for t in (start, last))
     times = time_at(schedule, grid, np.linspace(u0, u1, steps + 1))
@@ -94,7 +93,13 @@ def knots(schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: A
     times[0] = start
     if steps:
         times[-1] = last
-    return np.append(times, end) if noiseless else times
+    return np.append(times, end) if clean else times
+
+
+def noiseless(schedule: AbstractSchedule, t: Any) -> bool:
+    """Whether there is no noise at this time."""
+    with np.errstate(divide="ignore"):
+        return not np.isfinite(schedule.log_snr(np.float64(t)))
 
 
 def _given(schedule: AbstractSchedule, num_steps: int | None, grid: Grid, t_end: Any) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdeflow.diffusion import EDM, VP, DDIM, Denoiser, DPMSolverV3, Statistics, model_statistics, sample
+from sdeflow.diffusion import DDIM, EDM, VP, Denoiser, DPMSolverV3, Statistics, model_statistics, sample
 from tests.helpers import diffusion as gmm
 
 pytestmark = pytest.mark.usefixtures("x64_module")
@@ -18,7 +18,8 @@ MEANS, VARIANCES = np.array([1.0, -0.5]), np.array([0.04, 0.5])
 def normal(schedule):
     def noise(t, x, args):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        return sigma * (x - alpha * MEANS) / (alpha**2 * VARIANCES + sigma**2)
+        means, variances = jnp.asarray(MEANS, x.dtype), jnp.asarray(VARIANCES, x.dtype)
+        return sigma * (x - alpha * means) / (alpha**2 * variances + sigma**2)
 
     return Denoiser(noise, schedule)
 
