@@ -35,4 +35,5 @@ from ._schedules import Tabulated as Tabulated
 from ._singlestep import Singlestep as Singlestep
 from ._statistics import Statistics as Statistics
 from ._statistics import model_statistics as model_statistics
+from ._times import sampling_grid as sampling_grid
 from ._v3 import DPMSolverV3 as DPMSolverV3

@@ -249,7 +249,7 @@ class Precondition(AbstractDenoiser):
     Example:
         >>> import jax.numpy as jnp, sdeflow as sf
         >>> best = sf.diffusion.Precondition(lambda label, y, args: 0 * y, sf.diffusion.EDM(), sigma_data=0.5)
-        >>> float(best.predict("data", 0.5, jnp.array(3.0)))
+        >>> round(float(best.predict("data", 0.5, jnp.array(3.0))), 3)
         1.5
     """
 

@@ -88,7 +88,8 @@ class ProbabilityFlow(_Reverse):
         >>> import jax.numpy as jnp, sdeflow as sf
         >>> vp = sf.diffusion.VP()
         >>> normal = sf.diffusion.Denoiser(lambda t, x, args: vp.sigma(t) * x, vp)  # data with variance 1
-        >>> float(sf.solve(sf.diffusion.ProbabilityFlow(normal), jnp.array(0.5), [1.0, vp.t_min], dt0=-0.05).final)
+        >>> sol = sf.solve(sf.diffusion.ProbabilityFlow(normal), jnp.array(0.5), [1.0, vp.t_min], dt0=-0.05)
+        >>> round(float(sol.final), 4)
         0.5
     """
 

@@ -54,8 +54,8 @@ def sample(
         args: passed on to the denoiser.
         solver: a sampler, e.g. ``UniPC(3)``.
         num_steps: how many steps.
-        grid: "logsnr", "t", "quadratic" or "edm": equal steps in what; or a `sdeflow.grids.Grid` of decreasing times,
-            which may be traced: the sample can be differentiated in it.
+        grid: "logsnr", "t", "quadratic" or "edm", what has equal steps; or a `sdeflow.grids.Grid` of decreasing times.
+            Its times may be traced, and the sample differentiated in them.
         t_end: where to end, by default the schedule's ``t_min``. Where the noise vanishes, as at 0, one last step of
             order 1 leads there.
         key: for samplers that add noise.
@@ -131,11 +131,10 @@ def invert(
         >>> import jax.numpy as jnp, sdeflow as sf
         >>> edm = sf.diffusion.EDM()
         >>> normal = sf.diffusion.Denoiser(lambda t, x, args: x / (1 + t**2), edm, prediction="data")
-        >>> how = {"solver": sf.diffusion.DDIM(), "num_steps": 20, "fixed_point": 10}
-        >>> x = jnp.array([0.5])
-        >>> there = sf.diffusion.invert(normal, x, **how)
-        >>> back = sf.diffusion.sample(normal, there, solver=sf.diffusion.DDIM(), num_steps=20)
-        >>> bool(abs(back - x) < 1e-5)
+        >>> x, ddim = jnp.array([0.5]), sf.diffusion.DDIM()
+        >>> there = sf.diffusion.invert(normal, x, solver=ddim, num_steps=40, fixed_point=20)
+        >>> back = sf.diffusion.sample(normal, there, solver=ddim, num_steps=40)
+        >>> bool(abs(back - x) < 1e-4)
         True
     """
     x, base = _start(denoiser, x, solver, return_state)

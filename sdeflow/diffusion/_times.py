@@ -96,6 +96,27 @@ def knots(schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: A
     return np.append(times, end) if clean else times
 
 
+def sampling_grid(schedule: AbstractSchedule, num_steps: int, grid: str = "logsnr", t_end: float | None = None) -> Grid:
+    """The times of a sampler as a `sdeflow.grids.Grid` that saves both ends: for `sdeflow.solve`, or to learn from.
+
+    Arguments:
+        schedule: of the noise.
+        num_steps: how many steps.
+        grid: "logsnr", "t", "quadratic" or "edm", what has equal steps.
+        t_end: where to end, by default the schedule's ``t_min``.
+
+    Raises:
+        ValueError: for an unknown name or an end outside of the schedule.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> sf.diffusion.sampling_grid(sf.diffusion.Flow(), 3, "t", t_end=0.3).right.round(3).tolist()
+        [0.766, 0.533, 0.3]
+    """
+    times = knots(schedule, num_steps, grid, t_end)
+    return Grid(times[:-1], times[1:], np.ones(len(times) - 1, bool), np.array([0, len(times) - 1]))
+
+
 def noiseless(schedule: AbstractSchedule, t: Any) -> bool:
     """Whether there is no noise at this time."""
     with np.errstate(divide="ignore"):

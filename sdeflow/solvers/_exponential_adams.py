@@ -43,7 +43,7 @@ class ExponentialAdams(diffrax.AbstractSolver):
     Example:
         >>> import jax.numpy as jnp, sdeflow as sf
         >>> stiff = sf.ODE(lambda t, y, args: -1000.0 * (y - jnp.cos(t)))
-        >>> sol = sf.solve(stiff, jnp.array(0.0), [0.0, 1.0], dt0=0.05, solver=sf.solvers.ExponentialAdams(2, -1000.0))
+        >>> sol = sf.solve(stiff, jnp.array(0.0), [0.0, 1.0], dt0=0.01, solver=sf.solvers.ExponentialAdams(2, -1000.0))
         >>> bool(abs(sol.final - 0.5411) < 1e-3)
         True
     """
