@@ -54,7 +54,7 @@ def independent_midpoint(snapshots: Snapshots, time: Any, *, key: PRNGKeyArray) 
 
 
 def transport_midpoint(snapshots: Snapshots, time: Any) -> Float[np.ndarray, "n d"]:
-    """Each cell before a time on its straight way to the cell that exact transport gives it: displacement interpolation.
+    """Each cell before a time on its straight way to the cell that exact transport gives it.
 
         (1 - t) x_i + t y_j(i),    j the permutation with the least sum_i |x_i - y_j(i)|^2
 
@@ -118,7 +118,8 @@ def score_left_out(
     Example:
         >>> import jax, sdeflow as sf
         >>> cells = sf.data.simulated_cells(60, key=jax.random.key(0)).standardise()
-        >>> methods = {"ours": sf.bridges.interpolate, "copy": sf.bridges.copy_previous}
+        >>> ours = lambda train, time: sf.bridges.interpolate(train, time, key=jax.random.key(2))
+        >>> methods = {"ours": ours, "copy": sf.bridges.copy_previous}
         >>> scores = sf.bridges.score_left_out(cells, methods, n=50, num_subsamples=2, key=jax.random.key(1))
         >>> w1 = {name: x[..., 0].mean(axis=1) for name, x in scores.items()}
         >>> sf.metrics.paired_difference(w1["ours"], w1["copy"]).mean < -0.5

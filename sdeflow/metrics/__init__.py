@@ -5,8 +5,9 @@ averaged; both have the shape of ``y`` or of its leading axes. What is missing, 
 no gradient.
 
 Distances compare two clouds of points, ``x`` (n, D) and ``y`` (m, D), and each says its units and how it depends on
-how many points there are. ``wasserstein``, ``bw2_uvp``, ``cbw2_uvp`` and ``paired_difference``, which compares the
-scores of two methods, are for evaluation alone: they compute on the host in float64. ``sinkhorn`` is the solver of entropic transport that bridges use.
+how many points there are. ``wasserstein``, ``bw2_uvp`` and ``cbw2_uvp`` are for evaluation alone, as is
+``paired_difference``, which compares the scores of two methods: they compute on the host in float64. ``sinkhorn`` is
+the solver of entropic transport that bridges use.
 """
 
 from ._classes import accuracy as accuracy
