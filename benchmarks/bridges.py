@@ -18,8 +18,8 @@ subsamples of n cells a day: human embryonic stem cells at their hours, and the 
 same days 2, 3, 4 and 7, at times 0, 1, 2 and 3 as the protocol has them and again at the days themselves. The figures
 are W1 and W2, means over the days left out, and 95% intervals of the paired differences between `interpolate` and the
 transport midpoint, over subsamples. The constants of `interpolate`, and that it bends with four snapshots or more, were
-chosen by the mean logarithm of the ratio to that midpoint over simulated cells, two simulated networks, and subsamples
-of both sets with other keys than the one reported.
+chosen by the ratio to that midpoint over simulated cells, two simulated networks, and subsamples of both sets with
+other keys than the one reported; the page on bridges says how.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from ._torch_peers import INSTALL, installed
 
 POOL, STEPS, BATCH, K = 100_000, 10_000, 128, 50
 CELLS = [(2, 0.1), (2, 1.0), (16, 0.1), (16, 1.0), (64, 0.1), (64, 1.0)]
-#: the key of the subsamples of days left out; nothing was chosen on them
+#: the key of the subsamples of days left out: nothing was chosen on them
 REPORTED = 2026
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -66,7 +66,7 @@ def interpolate(
 
     for each cell x of the nearer snapshot, with s <= 1/2 its distance as a share of the gap, v the mean variance of a
     component in both neighbours, and S the natural cubic spline through the means of all snapshots. It returns to the
-    snapshots as the time does. The defaults are those that did best over simulated cells, two simulated networks and
+    snapshots as the time does. The defaults beat the transport midpoint on simulated cells, two simulated networks and
     trial subsamples of two sets of real cells; `score_left_out` judges others on days of your own.
 
     Arguments:
