@@ -102,7 +102,7 @@ def laws_to_end(coefficients: Coefficients, s: Array, duration: Array, pieces: i
         ValueError: where they are NaN, and known.
     """
     laws = _laws_to_end(coefficients, s, duration, pieces)
-    if is_concrete(laws) and not all(np.isfinite(x).all() for x in laws):
+    if is_concrete(s, duration, *laws) and not all(np.isfinite(x).all() for x in laws):
         raise ValueError(
             f"the coefficients of the equation vary too fast for {pieces} pieces between {float(s):g} and "
             f"{float(s + duration):g}, or are not finite or not smooth: raise `pieces`, or divide where they jump."
