@@ -70,6 +70,8 @@ def identity(like: Law) -> Law:
     return jnp.eye(len(c), dtype=phi.dtype) if phi.ndim == 2 else jnp.ones_like(phi), c * 0, q * 0
 
 
+# Compiled, so that a call outside of any trace does not build its loop anew.
+@eqx.filter_jit
 def over_piece(coefficients: Coefficients, s: Array, duration: Array) -> tuple[Law, Array]:
     """The law over one piece, and whether it is resolved."""
     dtype = duration.dtype

@@ -21,7 +21,7 @@ def constant():
 
 def rotating(w):
     """The equation of X = turn(w t) Y."""
-    J = np.array([[0.0, -1.0], [1.0, 0.0]])
+    a, pull, noise, J = (jnp.asarray(v) for v in (A, b, L, np.array([[0.0, -1.0], [1.0, 0.0]])))
     return sf.equations.LinearSDE(
-        lambda t: turn(w * t) @ A @ turn(w * t).T + w * J, lambda t: turn(w * t) @ b, lambda t: turn(w * t) @ L
+        lambda t: turn(w * t) @ a @ turn(w * t).T + w * J, lambda t: turn(w * t) @ pull, lambda t: turn(w * t) @ noise
     )
