@@ -150,7 +150,8 @@ class LinearSDE(AbstractEquation):
                 s, t = jnp.asarray(s, self.dtype), jnp.asarray(t, self.dtype)
                 phi, c, q = laws_to_end(self.coefficients, s, t - s, self.pieces)
                 return phi[0], c[0], q[0]
-            return _transition(self.A, self.b, self.L @ self.L.T, jnp.asarray(t) - jnp.asarray(s))
+            A, b, L = self.coefficients(s)
+            return _transition(A, b, L @ L.T, jnp.asarray(t) - jnp.asarray(s))
 
     def bridge(self, s: Any, t: Any, u: Any) -> tuple[Array, Array, Array, Array]:
         """The law of X(t) given X(s) = x and X(u) = z, for s <= t <= u.
@@ -182,11 +183,12 @@ class LinearSDE(AbstractEquation):
         if not self.is_constant:
             raise ValueError(_NOT_STABLE.format(f"{type(self).__name__} that depends on time"))
         if is_concrete(self.A):
-            A = np.asarray(self.A, np.float64)
-            if np.linalg.eigvals(A).real.max() >= -8 * np.finfo(np.float64).eps * np.abs(A).max():
+            known = np.asarray(self.A, np.float64)
+            if np.linalg.eigvals(known).real.max() >= -8 * np.finfo(np.float64).eps * np.abs(known).max():
                 raise ValueError(_NOT_STABLE.format(type(self).__name__))
         with _precise():
-            return _stationary(self.A, self.b, self.L @ self.L.T)
+            A, b, L = self.coefficients(0.0)
+            return _stationary(A, b, L @ L.T)
 
     def log_prob(
         self,
@@ -432,6 +434,7 @@ class OrnsteinUhlenbeck(LinearSDE):
             raise ValueError(
                 f"theta, mean and sigma must broadcast to one dimension, got {shapes[0]}, {shapes[1]} and {shapes[2]}."
             ) from error
+        d = int(d)
         A, b, L = _made(_rate, d, theta), _made(_pull, d, theta, mean), _made(_matrix, d, sigma)
         super().__init__(A, b, L, pieces=pieces)
 

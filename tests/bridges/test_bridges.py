@@ -292,7 +292,9 @@ def test_euler_s_moments_converge_at_the_rate_of_the_step():
             c, B = (np.asarray(v) for v in field(0.2 + i * h))
             step = np.eye(2) + h * B
             m, S = step @ m + h * c, step @ S @ step.T + h * 0.64 * np.eye(2)
-        return np.concatenate([(m - m1).ravel(), (S - S1).ravel()])
+        # The mean moves along a line, which Euler's rule keeps to.
+        np.testing.assert_allclose(m, m1, atol=1e-12)
+        return S - S1
 
     coarse, fine = error(400), error(800)
     assert np.abs(fine).max() < 0.01

@@ -14,7 +14,12 @@ pytestmark = pytest.mark.usefixtures("x64_module")
 
 W, T0, T1 = 1.7, 0.2, 1.5
 J = np.array([[0.0, -1.0], [1.0, 0.0]])
-LAWS = np.array([0.5, -0.3]), np.array([[0.9, 0.2], [0.2, 0.4]]), np.array([-1.0, 0.7]), np.array([[0.3, 0.1], [0.1, 0.6]])
+LAWS = (
+    np.array([0.5, -0.3]),
+    np.array([[0.9, 0.2], [0.2, 0.4]]),
+    np.array([-1.0, 0.7]),
+    np.array([[0.3, 0.1], [0.1, 0.6]]),
+)
 
 
 def turning_bridge(dtype=jnp.float64):
@@ -30,7 +35,9 @@ def both():
 
 
 def fields(bridge):
-    return jax.jit(lambda t, x: (bridge.drift(t, x), bridge.velocity(t, x), bridge.backward_drift(t, x), bridge.score(t, x)))
+    return jax.jit(
+        lambda t, x: (bridge.drift(t, x), bridge.velocity(t, x), bridge.backward_drift(t, x), bridge.score(t, x))
+    )
 
 
 def test_every_field_is_that_of_the_constant_reference_in_its_frame(both):
@@ -110,7 +117,9 @@ def test_bridges_of_samples_obey_a_change_of_time(kind):
         np.testing.assert_allclose(moving, 2 * t * jnp.stack(wanted), rtol=1e-8, atol=1e-10)
         np.testing.assert_allclose(score, same, rtol=1e-8, atol=1e-10)
     ts = jnp.array([0.0, 0.4, 1.0])
-    paths = [jax.jit(lambda s, b=b: b.sample_path(x0[0], s, key=jr.key(1)))(s) for b, s in ((changed, ts), (plain, ts**2))]
+    paths = [
+        jax.jit(lambda s, b=b: b.sample_path(x0[0], s, key=jr.key(1)))(s) for b, s in ((changed, ts), (plain, ts**2))
+    ]
     np.testing.assert_allclose(*paths, rtol=1e-9, atol=1e-9)
 
 

@@ -87,7 +87,9 @@ def test_growth_decides_which_cells_leave():
     grown = sf.data.growth_weights(np.array([0.7, 0.7, 0.0, 0.0]), 0.0, 2.0)
     bridge = sinkhorn_bridge(cells, cells, 0.05, a=grown, b=grown, **HOW)
     ignorant = sinkhorn_bridge(cells, cells, 0.05, b=grown, **HOW)
-    means = [jax.vmap(lambda x, one=one: one.endpoint_mean(0.0, x))(jnp.asarray(cells))[2:] for one in (bridge, ignorant)]
+    means = [
+        jax.vmap(lambda x, one=one: one.endpoint_mean(0.0, x))(jnp.asarray(cells))[2:] for one in (bridge, ignorant)
+    ]
     np.testing.assert_allclose(means[0], cells[2:], atol=0.1)
     # Half of the cells stand where only 1 in 1 + exp(1.4) is found later: the rest of them must cross.
     stay = 2 / (1 + np.exp(1.4))

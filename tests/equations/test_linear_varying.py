@@ -136,7 +136,10 @@ def test_what_varies_too_fast_is_refused_or_nan():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: sf.equations.LinearSDE(lambda t: jnp.ones(2), b, L), r"must have shapes \(d, d\), \(d,\) and \(d, m\)"),
+        (
+            lambda: sf.equations.LinearSDE(lambda t: jnp.ones(2), b, L),
+            r"must have shapes \(d, d\), \(d,\) and \(d, m\)",
+        ),
         (lambda: sf.equations.LinearSDE(A, b, L, pieces=0), "pieces must be a positive integer"),
         (lambda: sf.equations.BrownianMotion(2, lambda t: jnp.ones(3)), r"a scalar or of shape \(2,\), got \(3,\)"),
         (lambda: sf.equations.OrnsteinUhlenbeck(lambda t: jnp.ones(2), np.zeros(3)), "broadcast to one dimension"),
