@@ -48,8 +48,8 @@ def sinkhorn_bridge(
         t0, t1: the horizon.
         a: weights of x0, shape (n,), equal if None; where cells divide and die, `sdeflow.data.growth_weights`.
         b: weights of x1, shape (m,).
-        rho: a positive number, or one for each end, for ends whose weights are only near a and b, which are masses
-            then: see `sdeflow.metrics.sinkhorn`. What cannot be reached cheaply is left to growth and death.
+        rho: as in `sdeflow.metrics.sinkhorn`, a positive number or one for each end, for ends that are only near a and
+            b, which are masses with it. What can hardly be reached is left to growth and death.
         tolerance: of Sinkhorn's marginal error.
         max_iterations: of Sinkhorn.
         throw: called eagerly, raise if Sinkhorn did not converge; else see ``result``.
