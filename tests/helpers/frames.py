@@ -21,7 +21,8 @@ def constant():
 
 def rotating(w):
     """The equation of X = turn(w t) Y."""
-    a, pull, noise, J = (jnp.asarray(v) for v in (A, b, L, np.array([[0.0, -1.0], [1.0, 0.0]])))
+    # The precision of the moment, as tests switch it.
+    a, pull, noise, J = (jnp.asarray(v, jnp.result_type(float)) for v in (A, b, L, np.array([[0.0, -1.0], [1.0, 0.0]])))
     return sf.equations.LinearSDE(
         lambda t: turn(w * t) @ a @ turn(w * t).T + w * J, lambda t: turn(w * t) @ pull, lambda t: turn(w * t) @ noise
     )
