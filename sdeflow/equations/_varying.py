@@ -11,7 +11,7 @@ whole. Everything is a fixed list of products, so derivatives of every order and
 in the times too, and no time is the identity exactly.
 
 A piece is not resolved where the last round of Picard still changes Psi by more than 1e-9 of it, or where the highest
-of the 6 Legendre coefficients of an integrand exceeds 1e-4 of its size. The error of what is resolved is far below
+of the 6 Legendre coefficients of an integrand exceeds 1e-3 of its size. The error of what is resolved is far below
 either, because the order of the integrals is twice their degree, and what is not becomes NaN.
 """
 
