@@ -63,16 +63,16 @@ class Bridge(eqx.Module):
 
     def drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The drift at one state; use ``vmap`` for more. From samples it is finite before t1 only, else up to t1."""
-        return self._reference_drift(t, x) + self._noise(self._ahead(*self._place(t, x)))
+        return self._reference_drift(t, x) + self._noise(t, self._ahead(*self._place(t, x)))
 
     def backward_drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The drift for decreasing times, whose noise is L dW of a Brownian motion that runs backwards."""
-        return self._reference_drift(t, x) - self._noise(self._behind(*self._place(t, x)))
+        return self._reference_drift(t, x) - self._noise(t, self._behind(*self._place(t, x)))
 
     def velocity(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The velocity of the ordinary equation with the same densities: the mean of drift and backward drift."""
         place = self._place(t, x)
-        return self._reference_drift(t, x) + self._noise(self._ahead(*place) - self._behind(*place)) / 2
+        return self._reference_drift(t, x) + self._noise(t, self._ahead(*place) - self._behind(*place)) / 2
 
     def score(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The gradient of the log density at time t."""
@@ -176,8 +176,8 @@ class Bridge(eqx.Module):
         passed = jnp.eye(len(z), dtype=z.dtype) - left if jnp.ndim(left) == 2 else 1 - left
         return apply(jacobian.T, potential.gradient(z, passed))
 
-    def _noise(self, gradient: Array) -> Array:
-        return apply(self.clock.noise(), gradient)
+    def _noise(self, t: Any, gradient: Array) -> Array:
+        return apply(self.clock.noise(t), gradient)
 
     def _reference_drift(self, t: Any, x: Array) -> Array:
         return self.reference.drift(t, self._state(x), None)
