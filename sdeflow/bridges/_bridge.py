@@ -1,5 +1,6 @@
 """``Bridge``: the equation of a Schrödinger bridge, its exact paths, and its way back."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -152,14 +153,9 @@ class Bridge(eqx.Module):
             >>> sol.ys.shape
             (3, 2)
         """
-        if direction not in ("forward", "backward", "flow"):
-            raise ValueError(f'direction must be "forward", "backward" or "flow", got {direction!r}.')
-        if direction != "forward":
+        if direction in ("backward", "flow"):
             self._backward()
-        if direction == "flow":
-            return ODE(lambda t, y, args: self.velocity(t, y))
-        drift = self.drift if direction == "forward" else self.backward_drift
-        return SDE(lambda t, y, args: drift(t, y), self.reference.diffusion, additive=True)
+        return as_equation(self, direction, self.reference.diffusion)
 
     def _place(self, t: Any, x: Array) -> tuple[Array, Array, Array]:
         """The derivative of the coordinates in x, the coordinates, and what is left of the clock."""
@@ -204,6 +200,16 @@ class Bridge(eqx.Module):
         d, K = self.clock.shift.shape[0], self.potential.log_weights.shape[0]
         way = "and back" if self.backward is not None else "forward only"
         return f"Bridge({d} dimensions, {kind}, t from {self.t0} to {self.t1}, {K} components, {way})"
+
+
+def as_equation(bridge: Any, direction: str, diffusion: Callable[..., Any]) -> SDE | ODE:
+    """What has the drifts of a bridge, and its noise, as an equation."""
+    if direction not in ("forward", "backward", "flow"):
+        raise ValueError(f'direction must be "forward", "backward" or "flow", got {direction!r}.')
+    if direction == "flow":
+        return ODE(lambda t, y, args: bridge.velocity(t, y))
+    drift = bridge.drift if direction == "forward" else bridge.backward_drift
+    return SDE(lambda t, y, args: drift(t, y), diffusion, additive=True)
 
 
 def _root(q: Array) -> Array:

@@ -1,0 +1,151 @@
+r"""``PiecewiseBridge``: consecutive bridges as one law over many days.
+
+With every snapshot prescribed and a reference without memory, the bridge through many populations is made of the
+bridges between consecutive ones, each independent of the others given where it starts: the chain rule of the
+divergence. Its drift jumps at the snapshots, where forward things belong to the piece that begins and the way back to
+the piece that ends.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._compat import is_concrete
+from ..equations import ODE, SDE
+from ._bridge import Bridge, as_equation
+
+
+class PiecewiseBridge(eqx.Module):
+    """Bridges of consecutive horizons, as one from the first t0 to the last t1.
+
+    Arguments:
+        bridges: each begins when the one before ends.
+
+    Raises:
+        TypeError: for anything but bridges.
+        ValueError: for none, bridges of different dimensions, or horizons that do not join.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sdeflow as sf
+        >>> eye, wiener = jnp.eye(1), sf.equations.BrownianMotion(1)
+        >>> join = lambda m0, m1, t: sf.bridges.gaussian_sb(m0, eye, m1, eye, wiener, t0=t, t1=t + 1)
+        >>> one = sf.bridges.PiecewiseBridge([join(jnp.zeros(1), jnp.ones(1), 0.0), join(jnp.ones(1), -jnp.ones(1), 1.0)])
+        >>> [round(float(one.velocity(t, x)[0]), 4) for t, x in ((0.0, jnp.zeros(1)), (1.0, jnp.ones(1)))]
+        [1.0, -2.0]
+    """
+
+    bridges: tuple[Bridge, ...]
+
+    def __init__(self, bridges: Sequence[Bridge]):
+        pieces = tuple(bridges)
+        if not pieces or not all(isinstance(piece, Bridge) for piece in pieces):
+            kinds = sorted({type(piece).__name__ for piece in pieces}) or "none"
+            raise TypeError(f"bridges must be a list of at least one Bridge, got {kinds}.")
+        sizes = [piece.clock.shift.shape[0] for piece in pieces]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"the bridges live in different dimensions: {sizes}.")
+        for i, (left, right) in enumerate(zip(pieces[:-1], pieces[1:])):
+            if is_concrete(left.t1, right.t0) and float(left.t1) != float(right.t0):
+                raise ValueError(
+                    f"bridge {i} ends at {float(left.t1):g} but bridge {i + 1} begins at {float(right.t0):g}; "
+                    "give consecutive ones, in order."
+                )
+        self.bridges = pieces
+
+    @property
+    def t0(self) -> Array:
+        """When the first begins."""
+        return self.bridges[0].t0
+
+    @property
+    def t1(self) -> Array:
+        """When the last ends."""
+        return self.bridges[-1].t1
+
+    @property
+    def times(self) -> Float[Array, " T"]:
+        """Shape (T,), the times of the snapshots."""
+        return jnp.stack([*(piece.t0 for piece in self.bridges), self.t1])
+
+    def drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The drift at one state; at a snapshot that of the piece which begins there."""
+        return self._at(t, lambda piece, t: piece.drift(t, x))
+
+    def backward_drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The drift for decreasing times; at a snapshot that of the piece which ends there."""
+        return self._at(t, lambda piece, t: piece.backward_drift(t, x), side="left")
+
+    def velocity(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The velocity of the ordinary equation with the same densities; at a snapshot as `drift`."""
+        return self._at(t, lambda piece, t: piece.velocity(t, x))
+
+    def score(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The gradient of the log density at time t; at a snapshot as `drift`."""
+        return self._at(t, lambda piece, t: piece.score(t, x))
+
+    def sample_endpoint(self, x0: Float[Array, " d"], *, key: PRNGKeyArray) -> Float[Array, " d"]:
+        """Draw X(t1) given X(t0) = x0, exactly."""
+        x = jnp.asarray(x0)
+        for i, piece in enumerate(self.bridges):
+            x = piece.sample_endpoint(x, key=jr.fold_in(key, i))
+        return x
+
+    def sample_path(self, x0: Float[Array, " d"], ts: Float[Array, " n"], *, key: PRNGKeyArray) -> Float[Array, "n d"]:
+        """Draw the states at times ``ts`` given X(t0) = x0, exactly, piece after piece.
+
+        Arguments:
+            x0: one state.
+            ts: not decreasing, between t0 and t1.
+            key: a random key.
+
+        Raises:
+            ValueError: for times that decrease or lie outside of the horizon.
+        """
+        x, ts = jnp.asarray(x0), jnp.asarray(ts, self.t1.dtype)
+        if is_concrete(ts, self.t0, self.t1):
+            known, t0, t1 = np.asarray(ts), float(self.t0), float(self.t1)
+            if known.ndim != 1 or known.size == 0:
+                raise ValueError("ts must be one row of times that do not decrease.")
+            if not (t0 <= known.min() and known.max() <= t1):
+                raise ValueError(
+                    f"ts must lie between t0={t0:g} and t1={t1:g}, got {known.min():g} to {known.max():g}."
+                )
+        path = None
+        for i, piece in enumerate(self.bridges):
+            # Times of other pieces are drawn at the ends of this one, and then not taken.
+            own = jnp.append(jnp.clip(ts, piece.t0, piece.t1), piece.t1)
+            found = piece.sample_path(x, own, key=jr.fold_in(key, i))
+            x = found[-1]
+            path = found[:-1] if path is None else jnp.where((ts > piece.t0)[:, None], found[:-1], path)
+        assert path is not None
+        return path
+
+    def equation(self, direction: Literal["forward", "backward", "flow"] = "forward") -> SDE | ODE:
+        """The bridges for `sdeflow.solve`, as of one bridge; let the steps end at ``times``, where the drift jumps.
+
+        Arguments:
+            direction: "forward"; "backward", for times from t1 down to t0; "flow", for either direction.
+        """
+        side = "left" if direction == "backward" else "right"
+        return as_equation(
+            self, direction, lambda t, y, args: self._at(t, lambda p, t: p.reference.diffusion(t, y, args), side=side)
+        )
+
+    def _at(self, t: Any, value: Callable[[Bridge, Array], Any], side: Literal["left", "right"] = "right") -> Any:
+        """The value of the piece that t is in, at t within its horizon."""
+        t = jnp.asarray(t, self.t1.dtype)
+        inner = self.times[1:-1]
+        # Every piece at a time of its own horizon: under vmap all of them are computed, and none may be infinite.
+        branches = [lambda t, piece=piece: value(piece, jnp.clip(t, piece.t0, piece.t1)) for piece in self.bridges]
+        return jax.lax.switch(jnp.searchsorted(inner, t, side=side), branches, t)
+
+    def __repr__(self) -> str:
+        shown = [f"{t:g}" for t in np.asarray(self.times)] if is_concrete(self.times) else ["..."]
+        d = self.bridges[0].clock.shift.shape[0]
+        return f"PiecewiseBridge({d} dimensions, {len(self.bridges)} bridges, snapshots at {', '.join(shown)})"
