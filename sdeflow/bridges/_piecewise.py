@@ -35,8 +35,9 @@ class PiecewiseBridge(eqx.Module):
         >>> import jax, jax.numpy as jnp, sdeflow as sf
         >>> eye, wiener = jnp.eye(1), sf.equations.BrownianMotion(1)
         >>> join = lambda m0, m1, t: sf.bridges.gaussian_sb(m0, eye, m1, eye, wiener, t0=t, t1=t + 1)
-        >>> one = sf.bridges.PiecewiseBridge([join(jnp.zeros(1), jnp.ones(1), 0.0), join(jnp.ones(1), -jnp.ones(1), 1.0)])
-        >>> [round(float(one.velocity(t, x)[0]), 4) for t, x in ((0.0, jnp.zeros(1)), (1.0, jnp.ones(1)))]
+        >>> none, one = jnp.zeros(1), jnp.ones(1)
+        >>> bridge = sf.bridges.PiecewiseBridge([join(none, one, 0.0), join(one, -one, 1.0)])
+        >>> [round(float(bridge.velocity(t, x)[0]), 4) for t, x in ((0.0, none), (1.0, one))]
         [1.0, -2.0]
     """
 
