@@ -59,7 +59,7 @@ def bridges(
     for_data, for_test, for_fits, for_fates, for_paths = jax.random.split(jax.random.key(seed), 5)
     subject = _simulated(for_data, quick) if data is None else _read(data, time, rep, label)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"num_components": 10, "steps": 300} if quick else {"num_components": 50, "steps": 4000}
+    settings = {"num_components": 10, "steps": 1000} if quick else {"num_components": 50, "steps": 4000}
     cells = subject.cells.standardise("scalar")
     source = "Simulated cells that differentiate" if data is None else f"{data}"
     yield f"{source}: {str(subject.cells).removeprefix('Snapshots: ')}"

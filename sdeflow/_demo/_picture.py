@@ -10,7 +10,7 @@ from ..bridges import PiecewiseBridge
 from ..data import Snapshots
 
 _SHOWN = 6000  # Cells; more hide one another.
-_LEAST = 4.0  # Cells near a place, for an arrow there.
+_NEAR = 0.003  # Of the cells shown, those near a place that has arrows.
 _GREY = "0.8"
 
 
@@ -104,7 +104,7 @@ def _velocities(
         own = points[when == t]
         ax.scatter(own[:, 0], own[:, 1], color=shade, s=8, alpha=0.5, linewidth=0, label=subject.at(t))
     field = lambda t, x: cells.scale * bridge.velocity(t, (x - cells.shift) / cells.scale)
-    plotting.streams(field, points, when, ax=ax, least=_LEAST, density=1.1)
+    plotting.streams(field, points, when, ax=ax, least=max(1.0, _NEAR * len(points)), density=1.1)
     ax.set_title("Velocity of the cells, each at its own time")
     ax.legend(markerscale=2.5, frameon=False, fontsize="small")
 
@@ -151,13 +151,9 @@ def _bars(ax: Any, subject: Subject, rows: list[FateRow], names: tuple[str, ...]
 def _held_out(ax: Any, subject: Subject, points: np.ndarray, judged: Judged) -> None:
     ax.scatter(points[:, 0], points[:, 1], color=_GREY, s=8, alpha=0.5, linewidth=0)
     day = subject.at(judged.time)
-    plotting.density(judged.real, ax=ax, filled=True, levels=(0.5, 0.9), color="C0", label=f"real cells of {day}")
-    plotting.density(judged.predicted, ax=ax, levels=(0.5, 0.9), color="C3", label="the bridge, which never saw them")
-    names = {
-        "the bridge": "bridge",
-        "a copy of the time before": "copy of before",
-        "the other half of the day itself": "floor",
-    }
-    scores = ", ".join(f"{short} {judged.scores[name][0]:.2f}" for name, short in names.items())
-    ax.set_title(f"Held out: {day}; half and 90 % of the cells\nW1: {scores}", fontsize="medium")
+    plotting.density(judged.real, ax=ax, filled=True, color="C9", label=f"real cells of {day}")
+    plotting.density(judged.predicted, ax=ax, color="C3", label="the bridge, which never saw them")
+    scores = "\n".join(f"{name}: {found[0]:.2f}" for name, found in judged.scores.items())
+    ax.text(0.98, 0.02, f"W1 to them\n{scores}", transform=ax.transAxes, ha="right", va="bottom", fontsize="small")
+    ax.set_title(f"Held out: {day}, borders of 50% and 90% of the cells")
     ax.legend(frameon=False, fontsize="small")

@@ -1,6 +1,5 @@
 """``fate``: what cells become, as the share of each label around the ends of their exact paths."""
 
-import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ..metrics._blocks import BLOCK, clouds
+from ..metrics._blocks import block_rows, clouds, join, split
 
 
 class Fates(NamedTuple):
@@ -90,8 +89,7 @@ def fate(
 def _shares(
     bridge: Any, x0: Array, cells: Array, votes: Float[Array, "m K"], key: PRNGKeyArray, num_paths: int, neighbours: int
 ) -> Float[Array, "n K"]:
-    def share(row: tuple[Array, Int[Array, ""]]) -> Array:
-        x, i = row
+    def share(x: Array, i: Int[Array, ""]) -> Array:
         keys = jr.split(jr.fold_in(key, i), num_paths)
         ends = jax.vmap(lambda key: bridge.sample_endpoint(x, key=key))(keys)
         # Squares of differences: nearest of all is where the difference of squares has no digits left.
@@ -99,5 +97,7 @@ def _shares(
         _, nearest = jax.lax.top_k(-gaps, neighbours)
         return votes[nearest].sum(axis=1).mean(axis=0)
 
-    at_once = max(1, min(len(x0), math.floor(BLOCK / (num_paths * len(cells)))))
-    return jax.lax.map(share, (x0, jnp.arange(len(x0))), batch_size=at_once)
+    # Blocks without a rest, which would be a program of its own.
+    rows = block_rows(len(x0), num_paths * len(cells), None)
+    blocks = split(x0, rows), split(jnp.arange(len(x0)), rows)
+    return join(jax.lax.map(lambda block: jax.vmap(share)(*block), blocks), len(x0))

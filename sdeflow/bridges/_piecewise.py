@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._compat import is_concrete
 from ..equations import ODE, SDE
-from ._bridge import Bridge, as_equation
+from ._bridge import Bridge, as_equation, check_times
 
 
 class PiecewiseBridge(eqx.Module):
@@ -92,10 +92,7 @@ class PiecewiseBridge(eqx.Module):
 
     def sample_endpoint(self, x0: Float[Array, " d"], *, key: PRNGKeyArray) -> Float[Array, " d"]:
         """Draw X(t1) given X(t0) = x0, exactly."""
-        x = jnp.asarray(x0)
-        for i, piece in enumerate(self.bridges):
-            x = piece.sample_endpoint(x, key=jr.fold_in(key, i))
-        return x
+        return self._through(lambda piece, x, key: (piece.sample_endpoint(x, key=key), None), x0, key)[0]
 
     def sample_path(self, x0: Float[Array, " d"], ts: Float[Array, " n"], *, key: PRNGKeyArray) -> Float[Array, "n d"]:
         """Draw the states at times ``ts`` given X(t0) = x0, exactly, piece after piece.
@@ -108,24 +105,17 @@ class PiecewiseBridge(eqx.Module):
         Raises:
             ValueError: for times that decrease or lie outside of the horizon.
         """
-        x, ts = jnp.asarray(x0), jnp.asarray(ts, self.t1.dtype)
-        if is_concrete(ts, self.t0, self.t1):
-            known, t0, t1 = np.asarray(ts), float(self.t0), float(self.t1)
-            if known.ndim != 1 or known.size == 0:
-                raise ValueError("ts must be one row of times that do not decrease.")
-            if not (t0 <= known.min() and known.max() <= t1):
-                raise ValueError(
-                    f"ts must lie between t0={t0:g} and t1={t1:g}, got {known.min():g} to {known.max():g}."
-                )
-        path = None
-        for i, piece in enumerate(self.bridges):
+        ts = jnp.asarray(ts, self.t1.dtype)
+        check_times(ts, self.t0, self.t1)
+
+        def part(piece: Bridge, x: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
             # Times of other pieces are drawn at the ends of this one, and then not taken.
             own = jnp.append(jnp.clip(ts, piece.t0, piece.t1), piece.t1)
-            found = piece.sample_path(x, own, key=jr.fold_in(key, i))
-            x = found[-1]
-            path = found[:-1] if path is None else jnp.where((ts > piece.t0)[:, None], found[:-1], path)
-        assert path is not None
-        return path
+            path = piece.sample_path(x, own, key=key)
+            return path[-1], path[:-1]
+
+        _, paths = self._through(part, x0, key)
+        return paths[jnp.searchsorted(self.times[1:-1], ts, side="left"), jnp.arange(len(ts))]
 
     def equation(self, direction: Literal["forward", "backward", "flow"] = "forward") -> SDE | ODE:
         """The bridges for `sdeflow.solve`, as of one bridge; let the steps end at ``times``, where the drift jumps.
@@ -141,12 +131,46 @@ class PiecewiseBridge(eqx.Module):
     def _at(self, t: Any, value: Callable[[Bridge, Array], Any], side: Literal["left", "right"] = "right") -> Any:
         """The value of the piece that t is in, at t within its horizon."""
         t = jnp.asarray(t, self.t1.dtype)
-        inner = self.times[1:-1]
-        # Every piece at a time of its own horizon: under vmap all of them are computed, and none may be infinite.
-        branches = [lambda t, piece=piece: value(piece, jnp.clip(t, piece.t0, piece.t1)) for piece in self.bridges]
-        return jax.lax.switch(jnp.searchsorted(inner, t, side=side), branches, t)
+        i = jnp.searchsorted(self.times[1:-1], t, side=side)
+        # Every piece at a time of its own: under vmap all branches are computed, and none may be infinite.
+        inside = lambda piece: value(piece, jnp.clip(t, piece.t0, piece.t1))
+        if (alike := self._alike()) is None:
+            return jax.lax.switch(i, [lambda piece=piece: inside(piece) for piece in self.bridges])
+        arrays, rest = alike
+        return inside(eqx.combine(jax.tree.map(lambda a: a[i], arrays), rest))
+
+    def _through(
+        self, step: Callable[[Bridge, Array, PRNGKeyArray], tuple[Array, Any]], x: Any, key: PRNGKeyArray
+    ) -> tuple[Array, Any]:
+        """The state after all pieces, and what each step gives beside it, stacked."""
+        x = jnp.asarray(x)
+        x, keys = x.astype(jnp.result_type(x, self.t1.dtype)), jr.split(key, len(self.bridges))
+        if (alike := self._alike()) is None:
+            given = []
+            for piece, own in zip(self.bridges, keys):
+                x, extra = step(piece, x, own)
+                given.append(extra)
+            return x, jax.tree.map(lambda *parts: jnp.stack(parts), *given)
+        arrays, rest = alike
+        return jax.lax.scan(lambda x, row: step(eqx.combine(row[0], rest), x, row[1]), x, (arrays, keys))
+
+    def _alike(self) -> tuple[Any, Any] | None:
+        """The arrays of all pieces, stacked, and what they share; None where their shapes or kinds differ.
+
+        One piece with other numbers is compiled once, whatever the number of days.
+        """
+        bare = [eqx.tree_at(lambda b: (b.history, b.result), p, ({}, None), is_leaf=_is_none) for p in self.bridges]
+        arrays, rest = zip(*(eqx.partition(piece, eqx.is_array) for piece in bare))
+        kinds = [[(a.shape, a.dtype) for a in jax.tree.leaves(part)] for part in arrays]
+        if not (eqx.tree_equal(*rest) is True and all(kind == kinds[0] for kind in kinds)):
+            return None
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *arrays), rest[0]
 
     def __repr__(self) -> str:
         shown = [f"{t:g}" for t in np.asarray(self.times)] if is_concrete(self.times) else ["..."]
         d = self.bridges[0].clock.shift.shape[0]
         return f"PiecewiseBridge({d} dimensions, {len(self.bridges)} bridges, snapshots at {', '.join(shown)})"
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
