@@ -71,7 +71,7 @@ def bridges(
         yield "Two times alone: there is none between them to hold out, so nothing is scored."
     else:
         setup = leave_one_out(cells)[(len(cells) - 2) // 2]
-        judged = _judge(setup, reference, settings, for_test)
+        judged = _judge(subject, setup, reference, settings, for_test)
         yield (
             f"Held out: {subject.at(judged.time)}, from a bridge between {subject.at(setup.before)} and "
             f"{subject.at(setup.after)} that never saw it. {len(judged.predicted)} cells against {len(judged.real)}, "
@@ -188,7 +188,9 @@ def _paths(cells: Snapshots, bridge: PiecewiseBridge, key: PRNGKeyArray) -> tupl
     return ts, cells.unstandardise(np.asarray(found))
 
 
-def _judge(setup: HeldOut, reference: BrownianMotion, settings: dict[str, int], key: PRNGKeyArray) -> Judged:
+def _judge(
+    subject: Subject, setup: HeldOut, reference: BrownianMotion, settings: dict[str, int], key: PRNGKeyArray
+) -> Judged:
     """The cells of a day, as a bridge between its neighbours has them, beside what needs no bridge."""
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
@@ -205,9 +207,9 @@ def _judge(setup: HeldOut, reference: BrownianMotion, settings: dict[str, int], 
     pairs = linear_sum_assignment(cdist(a, b, "sqeuclidean"))[1]
     guesses = {
         "the bridge": predicted,
-        "halfway along optimal transport": (1 - setup.fraction) * a + setup.fraction * b[pairs],
-        "a copy of the time before": a,
-        "the other half of the day itself": both[n:],
+        "straight along optimal transport": (1 - setup.fraction) * a + setup.fraction * b[pairs],
+        f"a copy of {subject.at(t0)}": a,
+        f"the other half of {subject.at(setup.time)}": both[n:],
     }
     real = setup.train.unstandardise(both[:n])
     guesses = {name: setup.train.unstandardise(x) for name, x in guesses.items()}

@@ -153,7 +153,9 @@ def _held_out(ax: Any, subject: Subject, points: np.ndarray, judged: Judged) -> 
     day = subject.at(judged.time)
     plotting.density(judged.real, ax=ax, filled=True, color="C9", label=f"real cells of {day}")
     plotting.density(judged.predicted, ax=ax, color="C3", label="the bridge, which never saw them")
-    scores = "\n".join(f"{name}: {found[0]:.2f}" for name, found in judged.scores.items())
-    ax.text(0.98, 0.02, f"W1 to them\n{scores}", transform=ax.transAxes, ha="right", va="bottom", fontsize="small")
+    scores = [f"{name} {found[0]:.2f}" for name, found in judged.scores.items()]
+    caption = f"W1 to the real cells: {', '.join(scores[:2])},\n{', '.join(scores[2:])}"
+    place = {"xycoords": "axes fraction", "ha": "center", "va": "top", "fontsize": "small"}
+    ax.annotate(caption, (0.5, -0.13), **place)
     ax.set_title(f"Held out: {day}, borders of 50% and 90% of the cells")
     ax.legend(frameon=False, fontsize="small")

@@ -70,9 +70,10 @@ class PiecewiseBridge(eqx.Module):
         return self.bridges[-1].t1
 
     @property
-    def times(self) -> Float[Array, " T"]:
-        """Shape (T,), the times of the snapshots."""
-        return jnp.stack([*(piece.t0 for piece in self.bridges), self.t1])
+    def times(self) -> Float[Array | np.ndarray, " T"]:
+        """Shape (T,), the times of the snapshots; of NumPy where they are known, so that they can plan a grid."""
+        times = [*(piece.t0 for piece in self.bridges), self.t1]
+        return np.stack([np.asarray(t) for t in times]) if is_concrete(*times) else jnp.stack(times)
 
     def drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The drift at one state; at a snapshot that of the piece which begins there."""
@@ -115,10 +116,13 @@ class PiecewiseBridge(eqx.Module):
             return path[-1], path[:-1]
 
         _, paths = self._through(part, x0, key)
-        return paths[jnp.searchsorted(self.times[1:-1], ts, side="left"), jnp.arange(len(ts))]
+        return paths[jnp.searchsorted(jnp.asarray(self.times[1:-1]), ts, side="left"), jnp.arange(len(ts))]
 
     def equation(self, direction: Literal["forward", "backward", "flow"] = "forward") -> SDE | ODE:
-        """The bridges for `sdeflow.solve`, as of one bridge; let the steps end at ``times``, where the drift jumps.
+        """The bridges for `sdeflow.solve`, as of one bridge.
+
+        The drift jumps at the snapshots within, and steps should not go across: plan them with
+        ``grid=sf.grids.through(ts, dt0, jumps=bridge.times[1:-1])``.
 
         Arguments:
             direction: "forward"; "backward", for times from t1 down to t0; "flow", for either direction.
@@ -131,7 +135,7 @@ class PiecewiseBridge(eqx.Module):
     def _at(self, t: Any, value: Callable[[Bridge, Array], Any], side: Literal["left", "right"] = "right") -> Any:
         """The value of the piece that t is in, at t within its horizon."""
         t = jnp.asarray(t, self.t1.dtype)
-        i = jnp.searchsorted(self.times[1:-1], t, side=side)
+        i = jnp.searchsorted(jnp.asarray(self.times[1:-1]), t, side=side)
         # Every piece at a time of its own: under vmap all branches are computed, and none may be infinite.
         inside = lambda piece: value(piece, jnp.clip(t, piece.t0, piece.t1))
         if (alike := self._alike()) is None:
