@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 
 import sdeflow as sf
 
-made = sf.data.simulated_cells(500, key=jax.random.key(0), num_fates=3)
-points = np.concatenate(made.samples)
-axes = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)[2]
+made = sf.data.simulated_cells(500, key=jax.random.key(0))
+points = np.concatenate(made.samples) - np.concatenate(made.samples).mean(axis=0)
+pca = points @ np.linalg.svd(points, full_matrices=False)[2].T
 obs = {"day": np.repeat(made.times, made.counts), "type": np.concatenate(made.labels)}
-adata = SimpleNamespace(obs=obs, obsm={"X_pca": (points - points.mean(axis=0)) @ axes.T}, uns={}, n_obs=len(points))
-
+adata = SimpleNamespace(obs=obs, obsm={"X_pca": pca}, uns={}, n_obs=len(pca))
 cells = sf.Snapshots.from_anndata(adata, time="day", rep="X_pca", labels="type").standardise("scalar")
 wander = sf.equations.BrownianMotion(cells.dim, 0.3)  # What a cell does that nothing guides.
 
@@ -27,36 +26,34 @@ wander = sf.equations.BrownianMotion(cells.dim, 0.3)  # What a cell does that no
 def join(ends, key):
     """The bridge between two days, there and back."""
     (t0, x0), (t1, x1) = ends
-    options = {"num_components": 30, "steps": 2000, "backward": "fit", "t0": t0, "t1": t1}
-    return sf.bridges.light_sb(x0, x1, reference=wander, key=key, **options)
+    return sf.bridges.light_sb(x0, x1, reference=wander, t0=t0, t1=t1, steps=2000, backward="fit", key=key)
 
 
 # A day held out: where do the cells of day 1 go if only day 3 is known?
 setup = sf.data.leave_one_out(cells)[1]
 bridge = join(setup.train.pairs()[1], jax.random.key(1))
 start, keys = jnp.asarray(setup.train.at(setup.before), jnp.float32), jax.random.split(jax.random.key(2), 500)
-path = lambda x, key: bridge.sample_path(x, jnp.array([setup.time]), key=key)[0]
-guess = np.asarray(jax.jit(jax.vmap(path))(start, keys))
+guess = jax.vmap(lambda x, key: bridge.sample_path(x, jnp.array([setup.time]), key=key)[0])(start, keys)
 for name, x in {"bridge": guess, f"copy of day {setup.before:g}": start}.items():
-    score = [sf.metrics.wasserstein(x, setup.cells, p) for p in (1, 2)]
-    print(f"{name}: W1 {score[0]:.3f}, W2 {score[1]:.3f} to day {setup.time:g}, n = {len(x)}")
+    w1, w2 = (sf.metrics.wasserstein(x, setup.cells, p) for p in (1, 2))
+    print(f"{name}: W1 {w1:.3f}, W2 {w2:.3f} to day {setup.time:g}, n = {len(x)}")
 
 # All days: one bridge between each two, as one; then velocities, and what becomes of the cells of day 2.
 days = sf.bridges.PiecewiseBridge([join(ends, jax.random.key(3)) for ends in cells.pairs()])
 sf.data.write_velocity(adata, days, time="day", like=cells)
-later = sf.bridges.PiecewiseBridge(days.bridges[2:])
+later = sf.bridges.PiecewiseBridge(days.bridges[2:])  # From day 2 on.
 fates = sf.bridges.fate(later, cells.at(2.0), cells.samples[-1], cells.labels[-1], key=jax.random.key(4))
-
 figure = Figure(figsize=(13, 4), layout="constrained")
 flow, judged, fated = figure.subplots(1, 3, sharex=True, sharey=True)
-flow.scatter(*adata.obsm["X_pca"].T[:2], c=obs["day"], s=4)
-sf.plotting.streams(adata.obsm["velocity_pca"], adata.obsm["X_pca"], ax=flow, least=5.0)
+flow.scatter(*pca.T[:2], c=obs["day"], s=4)
+sf.plotting.streams(adata.obsm["velocity_pca"], pca, ax=flow, least=5.0)
 sf.plotting.density(cells.unstandardise(setup.cells), ax=judged, filled=True, label="real")
-sf.plotting.density(cells.unstandardise(guess), ax=judged, color="C3", label="bridge")
+sf.plotting.density(cells.unstandardise(np.asarray(guess)), ax=judged, color="C3", label="bridge")
 judged.legend()
 dots = fated.scatter(*cells.unstandardise(cells.at(2.0)).T[:2], c=fates.probabilities[:, 0], s=8)
 figure.colorbar(dots, label=f"probability to become {fates.names[0]}")
 for ax, title in {flow: "Velocity", judged: f"Day {setup.time:g}, held out", fated: "Fates on day 2"}.items():
+    ax.scatter(*pca.T[:2], color="0.9", s=4, zorder=0)
     ax.set(title=title, xlabel="PC 1", ylabel="PC 2")
 Path("demo-output").mkdir(exist_ok=True)
 figure.savefig("demo-output/single_cell_trajectories.png", dpi=120)
