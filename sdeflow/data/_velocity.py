@@ -184,7 +184,7 @@ def evaluate(field: Callable[..., Any], when: np.ndarray, cells: np.ndarray) -> 
         ValueError: if what it gives is not like a state.
     """
     # What jit remembers of an object that is no module is the object itself, which may have changed since.
-    fresh = field if isinstance(field, eqx.Module) else lambda t, x: field(t, x)
+    fresh: Any = field if isinstance(field, eqx.Module) else lambda t, x: field(t, x)
     size = min(_BLOCK, len(cells))
     found = []
     for start in range(0, len(cells), size):
