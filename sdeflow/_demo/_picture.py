@@ -104,7 +104,7 @@ def _velocities(
         own = points[when == t]
         ax.scatter(own[:, 0], own[:, 1], color=shade, s=8, alpha=0.5, linewidth=0, label=subject.at(t))
     field = lambda t, x: cells.scale * bridge.velocity(t, (x - cells.shift) / cells.scale)
-    plotting.streams(field, points, when, ax=ax, least=max(1.0, _NEAR * len(points)), density=1.1)
+    plotting.streams(field, points, when, ax=ax, least=max(3.0, _NEAR * len(points)), density=1.1)
     ax.set_title("Velocity of the cells, each at its own time")
     ax.legend(markerscale=2.5, frameon=False, fontsize="small")
 
