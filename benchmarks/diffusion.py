@@ -273,11 +273,12 @@ def run(options: Options) -> list[Claim]:
     jax.config.update("jax_enable_x64", True)
     try:
         tables, claims = known(), []
-        for name in ("logsnr", "t", "edm"):
-            claims.append(one_table(f"errors on the mixture, grid {name}", tables[name], name, None, options))
-        for name in ("3.0", "7.5"):
-            title = f"errors on the mixture, grid t, guidance {name}"
-            claims.append(one_table(title, tables[name], "t", float(name), options))
+        title = "errors on the mixture, grid"
+        claims += [one_table(f"{title} {grid}", tables[grid], grid, None, options) for grid in ("logsnr", "t", "edm")]
+        claims += [
+            one_table(f"{title} t, guidance {scale}", tables[scale], "t", float(scale), options)
+            for scale in ("3.0", "7.5")
+        ]
         return claims
     finally:
         jax.config.update("jax_enable_x64", before)

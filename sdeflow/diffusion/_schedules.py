@@ -169,7 +169,7 @@ class Cosine(_Preserving):
         xp, t = module_of(t)
         # Near 0 the cosine is 1 less rounding, near the end so is sigma.
         near = xp.log1p(-xp.exp(2 * self.log_sigma(xp.minimum(t, 0.5)))) / 2
-        far = xp.log(xp.cos(self._turned(t) + self._first)) - math.log(math.cos(self._first))
+        far = xp.log(xp.sin(self._turned(1 - t))) - math.log(math.cos(self._first))
         return xp.where(t < 0.5, near, far)
 
     def log_sigma(self, t: Any) -> Any:

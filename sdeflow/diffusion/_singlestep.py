@@ -44,7 +44,7 @@ class Singlestep(AbstractSampler):
         order: how many evaluations a step takes, 1 to 3; of no meaning with ``method``.
         reads: "noise" or "data".
         fast: spend ``num_steps`` evaluations, most of them in steps of order 3 and the rest in shorter ones at the end;
-            the stages within a step are then spaced as the grid is.
+            the stages within a step are then spaced as the grid is ("edm" as "t").
         method: "heun", "kutta" or "rk4" for Runge-Kutta methods in rho.
         lower_order_final: whether the last step of a Runge-Kutta method is one of Euler's. Where no noise is left at
             the end, it always is.
@@ -158,7 +158,9 @@ class Singlestep(AbstractSampler):
             return _stacked(xp, [a, *inner], grow, weights)
         fractions = _STAGES[kind]
         if self.fast and grid != "logsnr":
-            inner = [Points.at(schedule, between(schedule, grid, a.t, b.t, x)) for x in fractions]
+            # Karras' rule has no stages of its own: they are spaced in t, as known figures have them.
+            rule = "t" if grid == "edm" else grid
+            inner = [Points.at(schedule, between(schedule, rule, a.t, b.t, x)) for x in fractions]
         else:
             inner = [Points.at(schedule, schedule.t_of_log_snr(a.l + x * (b.l - a.l))) for x in fractions]
         places = [*inner, b]

@@ -20,6 +20,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from .._compat import is_concrete
 from ..grids._build import check_count
 from ..solvers import ExponentialAdams
 from ._denoiser import AbstractDenoiser, check_denoiser
@@ -59,24 +60,26 @@ class Statistics(eqx.Module):
 
     def curves(self) -> "Curves":
         """What a step integrates."""
-        lam, l, s, b = (np.asarray(x, np.float64) for x in (self.knots, self.l, self.s, self.b))
-        gaps = np.diff(lam).reshape(-1, *[1] * (l.ndim - 1))
-        whole = lambda y: np.concatenate([np.zeros_like(y[:1]), np.cumsum(gaps * (y[1:] + y[:-1]) / 2, axis=0)])
+        known = is_concrete(self.knots, self.l, self.s, self.b)
+        as_array = (lambda x: np.asarray(x, np.float64)) if known else jnp.asarray
+        lam, l, s, b = (as_array(x) for x in (self.knots, self.l, self.s, self.b))
+        xp, _ = module_of(lam)
+        gaps = xp.diff(lam).reshape(-1, *[1] * (l.ndim - 1))
+        whole = lambda y: xp.concatenate([xp.zeros_like(y[:1]), xp.cumsum(gaps * (y[1:] + y[:-1]) / 2, axis=0)])
         S = whole(s)
-        pull = np.exp(-S) * b
-        return Curves(lam, l, s, b, whole(l), S, whole(pull))
+        return Curves(lam, l, s, b, whole(l), S, whole(xp.exp(-S) * b))
 
 
 class Curves(eqx.Module):
-    """Coefficients with their integrals, on the host: L and S of l and s, B of exp(-S) b."""
+    """Coefficients with their integrals: L and S of l and s, B of exp(-S) b."""
 
-    knots: np.ndarray
-    l: np.ndarray
-    s: np.ndarray
-    b: np.ndarray
-    L: np.ndarray
-    S: np.ndarray
-    B: np.ndarray
+    knots: Any
+    l: Any
+    s: Any
+    b: Any
+    L: Any
+    S: Any
+    B: Any
 
     def at(self, lam: Any) -> tuple[Any, Any, Any, Any]:
         """The values of l, L, S and B, each of shape (*lam, *state)."""

@@ -14,6 +14,7 @@ covariance, in one step.
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 
 from ._multistep import AbstractSampler, adams, check_order
@@ -54,15 +55,17 @@ class DPMSolverV3(AbstractSampler):
 
     def table(self, schedule: AbstractSchedule, times: Any, grid: Any, num_steps: int | None = None) -> Table:
         """The table of this sampler."""
-        points = Points.at(schedule, times)
+        curves = self.statistics.curves()
+        # Statistics that are traced make a traced table.
+        points = Points.at(schedule, times if isinstance(curves.knots, np.ndarray) else jnp.asarray(times))
         xp, _ = module_of(points.l)
         lower = drops_order(points.l) if self.lower_order_final is None else self.lower_order_final
-        form = FittedForm(points, self.statistics.curves(), self.pseudo)
+        form = FittedForm(points, curves, self.pseudo)
         columns = adams(form, points, self.order, lower, self.corrector)
         rho = xp.exp(-points.l[:-1])
-        l = form.curves.at(points.l[:-1])[0]
+        l = curves.at(points.l[:-1])[0]
         read_x = -l / widen(xp.exp(points.log_alpha[:-1]), l)
-        return Table(times[:-1], reads=None, read_x=read_x, read_noise=rho, **columns)
+        return Table(points.t[:-1], reads=None, read_x=read_x, read_noise=rho, **columns)
 
 
 class FittedForm(eqx.Module):

@@ -58,27 +58,19 @@ v3 = lambda l, s, order=3: DPMSolverV3(
 DIGITS = [
     ("DDIM", DDIM(), 10, "logsnr", None, 0.272),
     ("iPNDM", iPNDM(4), 10, "logsnr", None, 0.0731),
-    ("tAB1", DEIS(2, "t"), 10, "logsnr", None, 0.173),
     ("tAB3", DEIS(4, "t"), 10, "edm", None, 0.0956),
-    ("rhoAB3", DEIS(4, "rho"), 10, "t", None, 0.149),
     ("DPM 2M", DPMSolver(2, lower_order_final=False), 10, "logsnr", None, 0.153),
-    ("DPM 3M", DPMSolver(3, lower_order_final=False), 10, "edm", None, 0.112),
     ("DPM++ 2M", DPMSolverPP(2, lower_order_final=False), 10, "t", None, 0.404),
     ("DPM++ 2M, exact", Multistep(2, "data", lower_order_final=False), 10, "t", None, 0.621),
-    ("DPM++ 3M", DPMSolverPP(3, lower_order_final=False), 10, "logsnr", None, 0.0784),
     ("DPM++ 3M, short", DPMSolverPP(3, lower_order_final=True), 8, "logsnr", None, 0.196),
-    ("UniPC-2", UniPC(2, lower_order_final=True), 10, "t", None, 0.0945),
     ("UniPC-3", UniPC(3, lower_order_final=True), 10, "logsnr", None, 0.0723),
     ("UniPC-3 noise", UniPC(3, reads="noise", lower_order_final=True), 10, "edm", None, 0.0866),
     ("UniPC-3, guided", UniPC(3, lower_order_final=True), 10, "t", 3.0, 0.103),
     ("DPM++ 2M, guided", DPMSolverPP(2, lower_order_final=False), 10, "t", 7.5, 0.329),
     ("BDIA 1", BDIA(1.0), 10, "logsnr", None, 0.257),
-    ("BDIA .5", BDIA(0.5), 10, "edm", None, 0.175),
     ("DPM-Solver-2S", Singlestep(2), 5, "logsnr", None, 0.262),
     ("DPM++ 2S", Singlestep(2, "data"), 5, "t", None, 0.188),
-    ("DPM-Solver-fast", DPMSolver(3, steps="fast"), 10, "logsnr", None, 0.207),
     ("DPM-Solver-fast, t", DPMSolver(3, steps="fast"), 8, "t", None, 0.919),
-    ("rho-Heun", RHO_HEUN, 5, "edm", None, 0.832),
     ("rho-Heun, odd", Singlestep(method="heun", lower_order_final=True), 3, "t", None, 0.255),
     ("rhoRK3", KUTTA, 4, "logsnr", None, 0.21),
 ]
@@ -97,15 +89,10 @@ def test_errors_on_the_mixture_have_their_known_digits(solver, steps, grid, scal
 
 ORDERS = [
     ("DDIM", DDIM(), "logsnr", 1, 64),
-    ("DPM++2M", DPMSolverPP(2), "logsnr", 2, 64),
     ("DPM++3M", DPMSolverPP(3), "logsnr", 3, 64),
-    ("UniPC-1", UniPC(1), "logsnr", 2, 64),
-    ("UniPC-2", UniPC(2), "logsnr", 3, 64),
-    ("rho-Heun", RHO_HEUN, "logsnr", 2, 64),
     ("rho-RK4", RK4, "logsnr", 4, 64),
     ("DPM-3S", Singlestep(3), "logsnr", 3, 64),
     ("BDIA 1", BDIA(1.0), "logsnr", 2, 64),
-    ("BDIA .5", BDIA(0.5), "logsnr", 1, 64),
 ]
 
 
@@ -180,11 +167,10 @@ SCHEDULES = {
     "Tabulated": Tabulated(np.linspace(1e-4, 0.02, 1000)),
     "MeanReverting": MeanReverting(VP(), np.array([2.0, -1.0]), scale=0.3),
 }
-THIRD = {"UniPC": UniPC(3), "DPM-Solver-3S": Singlestep(3), "rho-RK4": RK4}
+THIRD = {"UniPC": UniPC(3), "DPM-Solver-3S": Singlestep(3)}
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("grid", ["logsnr", "edm"])
+@pytest.mark.parametrize(("name", "grid"), [*((name, "logsnr") for name in SCHEDULES), ("VP", "edm"), ("Flow", "edm")])
 def test_every_schedule_reaches_the_data(name, grid):
     schedule = SCHEDULES[name]
     x = schedule.mean + schedule.prior_std() * gmm.starts(16)
@@ -195,7 +181,7 @@ def test_every_schedule_reaches_the_data(name, grid):
 
 
 @pytest.mark.parametrize("grid", ["t", "quadratic"])
-@pytest.mark.parametrize("name", ["VP", "Flow", "Cosine"])
+@pytest.mark.parametrize("name", ["VP", "Flow"])
 def test_grids_in_time_reach_the_data(name, grid):
     schedule = SCHEDULES[name]
     x = gmm.starts(16)

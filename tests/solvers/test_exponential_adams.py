@@ -34,25 +34,27 @@ def test_orders(order, rate):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-@pytest.mark.parametrize("rate", [0.0, 1e-9, 0.3, -2.0, -5.9, -6.1, 9.0, -1e6])
-def test_a_step_with_its_history_is_exact_for_polynomials(order, rate):
+def test_a_step_with_its_history_is_exact_for_polynomials(order):
     # y' = r y + p(t) from t = 0.2 to 0.7, the earlier nodes anywhere.
+    rates = np.array([0.0, 1e-9, 0.3, -2.0, -5.9, -6.1, -11.9, -12.1, 9.0, -1e6])
     p = np.polynomial.Polynomial([0.5, -1.0, 2.0, 0.7][:order])
-    nodes = np.array([0.2, 0.05, -0.4, -0.5])[:order]
-    term = diffrax.ODETerm(lambda t, y, args: rate * y + jnp.asarray(p(t)))
-    history = jnp.asarray(np.append(nodes[1:], 0.0))
-    state = (history, jnp.asarray(p(history)), jnp.array(order - 1))
-    y1, *_ = ExponentialAdams(order, rate).step(
-        term, jnp.array(0.2), jnp.array(0.7), jnp.array(1.5), None, state, False
-    )
+    history = np.append(np.array([0.2, 0.05, -0.4, -0.5])[1:order], 0.0)
+    state = (jnp.asarray(history), jnp.asarray(p(history)), jnp.array(order - 1))
+
+    def step(rate):
+        term = diffrax.ODETerm(lambda t, y, args: rate * y + jnp.polyval(jnp.asarray(p.coef[::-1]), t))
+        solver = ExponentialAdams(order, rate)
+        return solver.step(term, jnp.array(0.2), jnp.array(0.7), jnp.array(1.5), None, state, False)[0]
+
+    found = jax.jit(jax.vmap(step))(jnp.asarray(rates))
     x, w = np.polynomial.legendre.leggauss(60)
-    if rate < -100:
-        # The slow manifold, in powers of 1 / r.
-        wanted = -sum(p.deriv(k)(0.7) / rate ** (k + 1) for k in range(order))
-    else:
+    for y1, rate in zip(found, rates):
         t = 0.45 + 0.25 * x
         wanted = 1.5 * np.exp(rate * 0.5) + 0.25 * (w * np.exp(rate * (0.7 - t)) * p(t)).sum()
-    assert float(y1) == pytest.approx(wanted, rel=1e-12)
+        if rate < -100:
+            # The slow manifold, in powers of 1 / r.
+            wanted = -sum(p.deriv(k)(0.7) / rate ** (k + 1) for k in range(order))
+        assert float(y1) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("order", [1, 3])
