@@ -13,6 +13,9 @@ from ._denoiser import Thresholded as Thresholded
 from ._equations import LogSNRFlow as LogSNRFlow
 from ._equations import ProbabilityFlow as ProbabilityFlow
 from ._equations import ReverseSDE as ReverseSDE
+from ._losses import AbstractMatching as AbstractMatching
+from ._losses import EDMLoss as EDMLoss
+from ._losses import ScoreMatching as ScoreMatching
 from ._multistep import AbstractSampler as AbstractSampler
 from ._multistep import Multistep as Multistep
 from ._presets import DDIM as DDIM
