@@ -24,7 +24,7 @@ class SamplesBatch(eqx.Module):
         weight: shape (B,), 1 for a sample and 0 for a filler row, which repeats the first one of the batch.
     """
 
-    values: Float[Array | np.ndarray, "B *shape"]
+    values: Float[Array | np.ndarray, "rows *shape"]
     args: PyTree
     ids: Any
     weight: Any
@@ -65,7 +65,8 @@ class Samples:
         for path, leaf in jtu.tree_leaves_with_path(args):
             if leaf.shape[:1] != values.shape[:1]:
                 raise ValueError(
-                    f"args{jtu.keystr(path)} must have a row for each of the {len(values)} samples, got shape {leaf.shape}."
+                    f"args{jtu.keystr(path)} must have a row for each of the {len(values)} samples, got shape "
+                    f"{leaf.shape}."
                 )
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "args", args)

@@ -4,7 +4,7 @@ r"""Losses that teach a denoiser: all of them the square of the error of the pre
 
 As all predictions are linear in one another, one error says what every other one is: with r = sigma / alpha,
 
-    score: 1/sigma,   data: r,   velocity: s alpha + sigma r / s,   flow: -sigma l',   likelihood: sqrt(-2 l') = g / sigma
+    score: 1/sigma,  data: r,  velocity: s alpha + sigma r / s,  flow: -sigma l',  likelihood: sqrt(-2 l') = g / sigma
 
 times the error of the noise. Sources: Vincent 2011, Song et al. ICLR 2021 (weight sigma^2 of the score, which is 1
 here), Song et al. NeurIPS 2021 (g^2, a bound of the likelihood), Karras et al. NeurIPS 2022, Lipman et al. ICLR 2023.
@@ -78,8 +78,8 @@ class AbstractMatching(AbstractLoss):
         values, args = (batch, None) if isinstance(batch, jax.Array) else (field(batch, "values"), field(batch, "args"))
         if values is None or jnp.ndim(values) < 1 or not jnp.issubdtype(jnp.result_type(values), jnp.floating):
             raise TypeError(
-                f"{type(self).__name__} was given a batch without real samples; train on sf.data.Samples(values), or on "
-                "batches that are arrays of samples."
+                f"{type(self).__name__} was given a batch without real samples; train on sf.data.Samples(values), or "
+                "on batches that are arrays of samples."
             )
         x0 = jnp.asarray(values)
         count = x0.shape[0]
@@ -208,8 +208,8 @@ class EDMLoss(AbstractMatching):
         if d is None:
             if not isinstance(model, Precondition):
                 raise ValueError(
-                    f"a {type(model).__name__} does not say what the deviation of the data is: pass sigma_data=, or train "
-                    "a sf.diffusion.Precondition."
+                    f"a {type(model).__name__} does not say what the deviation of the data is: pass sigma_data=, or "
+                    "train a sf.diffusion.Precondition."
                 )
             d = model.sigma_data
         return 1 + jnp.exp(-2 * model.schedule.log_snr(t)) / d**2
