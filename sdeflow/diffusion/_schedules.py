@@ -110,6 +110,11 @@ class SubVP(AbstractSchedule, _LinearRate):
 
     Raises:
         ValueError, TypeError: as `VP`.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.SubVP().sigma(1.0)), 5)
+        0.99996
     """
 
     beta_min: float = eqx.field(default=0.1, static=True)
@@ -145,6 +150,11 @@ class Cosine(_Preserving):
 
     Raises:
         ValueError: for a negative offset, or times that are not ordered or reach 1.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.Cosine().alpha(0.5)), 3)
+        0.703
     """
 
     offset: float = eqx.field(default=0.008, static=True)
@@ -198,6 +208,11 @@ class VE(AbstractSchedule):
 
     Raises:
         ValueError: for noise that is not positive or does not grow, and times that are not ordered.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.VE().sigma(0.5)), 4)
+        0.7071
     """
 
     sigma_min: float = eqx.field(default=0.01, static=True)
@@ -235,6 +250,11 @@ class EDM(AbstractSchedule):
 
     Raises:
         ValueError: for times that are not ordered.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.EDM().log_snr(1.0)), 4)
+        0.0
     """
 
     t_min: float = eqx.field(default=0.002, static=True)
@@ -268,6 +288,11 @@ class Flow(AbstractSchedule):
 
     Raises:
         ValueError: for times that are not ordered or reach 1.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.Flow().t_of_log_snr(0.0)), 4)
+        0.5
     """
 
     t_min: float = eqx.field(default=1e-3, static=True)
@@ -297,7 +322,7 @@ class Flow(AbstractSchedule):
 class Tabulated(_Preserving):
     """A table of N rates, as discrete models are trained with: log alpha is linear between the knots (i + 1) / N.
 
-    The label of such a model at time t is i = N t - 1.
+    At t = 0 there is no noise. The label of such a model at time t is i = N t - 1.
 
     Arguments:
         betas: N numbers between 0 and 1, e.g. ``numpy.linspace(1e-4, 0.02, 1000)``.
@@ -306,6 +331,11 @@ class Tabulated(_Preserving):
     Raises:
         ValueError: for rates that do not lie between 0 and 1, and times that are not ordered.
         TypeError: for traced rates.
+
+    Example:
+        >>> import numpy as np, sdeflow as sf
+        >>> sf.diffusion.Tabulated(np.linspace(1e-4, 0.02, 1000))
+        Tabulated(1000 betas from 0.0001 to 0.02)
     """
 
     betas: tuple[float, ...] = eqx.field(static=True)
@@ -325,8 +355,9 @@ class Tabulated(_Preserving):
         self._check_span()
 
     def _knots(self) -> tuple[np.ndarray, np.ndarray]:
+        # From the data on, so that there is no noise at t = 0.
         count = len(self.betas)
-        return np.arange(1, count + 1) / count, np.cumsum(np.log1p(-np.asarray(self.betas))) / 2
+        return np.arange(count + 1) / count, np.append(0.0, np.cumsum(np.log1p(-np.asarray(self.betas))) / 2)
 
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""
@@ -363,6 +394,12 @@ class MeanReverting(AbstractSchedule):
     Raises:
         TypeError: if the schedule is none.
         ValueError: for a scale that is not positive, or a schedule with a mean of its own.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sdeflow as sf
+        >>> around = sf.diffusion.MeanReverting(sf.diffusion.VP(), jnp.full(3, 5.0), scale=0.1)
+        >>> bool(abs(around.sample_prior((3,), key=jax.random.key(0)) - 5).max() < 0.5)
+        True
     """
 
     schedule: AbstractSchedule
