@@ -21,6 +21,7 @@ from ..walking import checkpointed_scan
 from ._bdia import BDIA, lost_digits
 from ._denoiser import AbstractDenoiser, check_denoiser
 from ._multistep import AbstractSampler, Multistep
+from ._once import once
 from ._singlestep import Singlestep
 from ._table import Table, Walked, follow, read
 from ._times import noiseless
@@ -80,8 +81,7 @@ def sample(
     """
     x, base = _start(denoiser, x_T, solver, return_state)
     _check_adjoint(adjoint, solver)
-    times = solver.times(denoiser.schedule, num_steps, grid, t_end)
-    table = _table(solver, denoiser.schedule, times, grid, num_steps)
+    table = once(_planned, solver, denoiser.schedule, num_steps, grid, t_end)
     if table.draws and key is None:
         raise ValueError(f"{type(solver).__name__} adds noise with these options: pass key=.")
     table = table if base is None else table.drop(1)
@@ -207,6 +207,11 @@ def _check_adjoint(adjoint: Any, solver: Any) -> None:
             f"adjoint must be sf.adjoints.DiscreteAdjoint(...), ReversibleAdjoint() or None, got "
             f"{type(adjoint).__name__}."
         )
+
+
+def _planned(solver: AbstractSampler, schedule: Any, num_steps: int | None, grid: Any, t_end: Any) -> Table:
+    """The table over the times that were asked for."""
+    return _table(solver, schedule, solver.times(schedule, num_steps, grid, t_end), grid, num_steps)
 
 
 def _table(solver: AbstractSampler, schedule: Any, times: Any, grid: Any, num_steps: int | None) -> Table:
