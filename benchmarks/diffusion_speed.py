@@ -145,7 +145,9 @@ def memory(options: Options) -> Claim:
     growth = found[False, 1000] / found[False, 10]
     rows = [
         harness.line("ReversibleAdjoint, 1000 / 10 steps", growth, (0.0, 1.5), _megabytes(found, False)),
-        harness.line("the default, 1000 / 10 steps", found[True, 1000] / found[True, 10], (0, 0), _megabytes(found, True)),
+        harness.line(
+            "the default, 1000 / 10 steps", found[True, 1000] / found[True, 10], (0, 0), _megabytes(found, True)
+        ),
     ]
     setting = f"BDIA, B={BATCH}, a tiny network, float32: temporary memory of the compiled gradient"
     return Claim("diffusion speed", "memory of a gradient", setting, "10 steps", rows)

@@ -14,7 +14,18 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..data import Samples, SamplesBatch
-from ..diffusion import DDIM, EDM, AbstractDenoiser, EDMLoss, Precondition, UniPC, invert, log_prob, sample
+from ..diffusion import (
+    DDIM,
+    EDM,
+    AbstractDenoiser,
+    EDMLoss,
+    Precondition,
+    UniPC,
+    bits_per_dim,
+    invert,
+    log_prob,
+    sample,
+)
 from ..training import FitResult, fit
 from ._ending import InputError, finished
 
@@ -52,15 +63,14 @@ def samplers(out: Path, *, seed: int = 2, quick: bool = False) -> Iterator[str]:
     fitted = _train(digits, test, scale, width, depth, steps, for_model)
     model = fitted.model
     losses = fitted.history["validation_loss"]
-    yield f"{fitted.message[0].upper()}{fitted.message[1:]} Loss on the test digits: {losses[0]:.3f} -> {losses[-1]:.3f}."
+    yield f"{fitted.message[0].upper()}{fitted.message[1:]} Loss of test digits: {losses[0]:.3f} -> {losses[-1]:.3f}."
 
     noise = model.schedule.sample_prior((60, _SIDE**2), key=for_noise)
-    draw = eqx.filter_jit(lambda model, x, solver, n: jax.vmap(lambda x: sample(model, x, solver=solver, num_steps=n))(x))
-    exact, drawn = draw(model, noise, UniPC(3), 200), draw(model, noise, UniPC(3), _EVALUATIONS)
+    exact, drawn = _drawn(model, noise, 200), _drawn(model, noise, _EVALUATIONS)
     miss = lambda x: float(jnp.sqrt(jnp.mean((x - exact) ** 2))) * (_LEVELS / 2)
     yield (
         f"Sampling with {_EVALUATIONS} evaluations of the network: UniPC ends {miss(drawn):.2f} levels from where the "
-        f"equation leads (root mean square), DDIM {miss(draw(model, noise, DDIM(), _EVALUATIONS)):.2f}."
+        f"equation leads (root mean square), DDIM {miss(_drawn(model, noise, _EVALUATIONS, DDIM())):.2f}."
     )
     count = 20 if quick else 100
     ours, normal = _bits(model, test[:count], digits, scale, key)
@@ -73,16 +83,16 @@ def samplers(out: Path, *, seed: int = 2, quick: bool = False) -> Iterator[str]:
     targets = np.array(list(_EDITS.values()))
     originals = scale.enter(np.stack([test.values[test.args == k][0] for k in _EDITS]))
     inverted = _inverted(model, originals)
-    again = draw(model, inverted, UniPC(3), _FINE)
+    again = _drawn(model, inverted, _FINE)
     yield (
         f"Inverting a test digit of every class and sampling again, {_FINE} evaluations each: "
         f"{float(jnp.sqrt(jnp.mean((again - originals) ** 2))) * (_LEVELS / 2):.2f} levels from the digit."
     )
     updates = 10 if quick else 60
-    edited = draw(model, _steer(model, wanted, inverted, targets, updates), UniPC(3), _FINE)
+    edited = _drawn(model, _steer(model, wanted, inverted, targets, updates), _FINE)
     fresh, classes = noise[:10], np.arange(10)
-    asked = draw(model, _steer(model, wanted, fresh, classes, updates), UniPC(3), _FINE)
-    unasked = draw(model, fresh, UniPC(3), _FINE)
+    asked = _drawn(model, _steer(model, wanted, fresh, classes, updates), _FINE)
+    unasked = _drawn(model, fresh, _FINE)
     share = lambda x, target: f"{int((jnp.argmax(jax.vmap(judge)(x), axis=1) == target).sum())} of 10"
     yield (
         f"Changing the noise by {updates} gradients through the sampler, towards what a classifier takes for another "
@@ -215,6 +225,12 @@ def _classifier(digits: Samples, scale: _Scale, key: PRNGKeyArray) -> Callable[[
 
 
 @eqx.filter_jit
+def _drawn(model: AbstractDenoiser, noise: Array, evaluations: int, solver: Any = None) -> Array:
+    solver = UniPC(3) if solver is None else solver
+    return jax.vmap(lambda x: sample(model, x, solver=solver, num_steps=evaluations))(noise)
+
+
+@eqx.filter_jit
 def _inverted(model: AbstractDenoiser, x: Any) -> Array:
     return jax.vmap(lambda x: invert(model, jnp.asarray(x), solver=UniPC(3), num_steps=_FINE))(x)
 
@@ -246,12 +262,11 @@ def _bits(
     """Bits a pixel, of the model and of a normal law; bounds from above, as the share of a level is random."""
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     x, seen = (scale.enter(part.values, rng.uniform(size=part.values.shape)) for part in (test, digits))
-    score = eqx.filter_jit(lambda m, x: jax.lax.map(lambda x: log_prob(m, x, num_steps=20, grid="logsnr"), x, batch_size=20))
-    found = np.asarray(score(model, jnp.asarray(x)), np.float64)
+    one = lambda x: log_prob(model, x, num_steps=20)
+    found = np.asarray(jax.jit(lambda x: jax.lax.map(one, x, batch_size=20))(x), np.float64)
     values, axes = np.linalg.eigh(np.cov(seen.astype(np.float64).T))
     normal = -0.5 * (((x - seen.mean(axis=0)) @ axes) ** 2 / values + np.log(2 * np.pi * values)).sum(axis=1)
-    # A level is 2 / 17 units wide.
-    bits = lambda nats: float(-nats.mean() / (_SIDE**2 * np.log(2)) - np.log2(2 / _LEVELS))
+    bits = lambda nats: float(bits_per_dim(nats.mean(), _SIDE**2, levels=_LEVELS, width=2))
     return bits(found), bits(normal)
 
 
@@ -275,8 +290,8 @@ class _Shown:
 def _draw(shown: _Shown, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    drawn, changed, training = figure.subplots(1, 3, width_ratios=(1.1, 1.3, 0.8))
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    drawn, changed, training = figure.subplots(1, 3, width_ratios=(1.0, 1.3, 0.7))
     tile = lambda rows: np.block([[np.pad(x.reshape(_SIDE, _SIDE), 1) for x in row] for row in rows])
     style: dict[str, Any] = {"cmap": "gray_r", "vmin": 0, "vmax": _LEVELS - 1}
     drawn.imshow(tile(shown.drawn.reshape(6, 10, -1)), **style)

@@ -24,7 +24,7 @@ class SamplesBatch(eqx.Module):
         weight: shape (B,), 1 for a sample and 0 for a filler row, which repeats the first one of the batch.
     """
 
-    values: Float[Array | np.ndarray, "rows *shape"]
+    values: Float[Array | np.ndarray, "B ..."]
     args: PyTree
     ids: Any
     weight: Any
