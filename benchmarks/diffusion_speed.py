@@ -141,7 +141,6 @@ def memory(options: Options) -> Claim:
                 return jnp.mean(out**2)
 
             found[adjoint is None, steps] = harness.compiled("", jax.grad(loss, argnums=(0, 1)), args).temp_mb
-    # What grows are the numbers of the table: six of four bytes a row.
     growth = found[False, 1000] / found[False, 10]
     rows = [
         harness.line("ReversibleAdjoint, 1000 / 10 steps", growth, (0.0, 1.5), _megabytes(found, False)),

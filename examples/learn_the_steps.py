@@ -1,7 +1,7 @@
 """Train a diffusion model on points in the plane, and learn when its sampler should step.
 
-Six evaluations of a network leave an error; gradients through the sampler, in the times of its steps, say where they are
-better spent. Takes about half a minute; writes demo-output/learn_the_steps.png.
+Six evaluations of a network leave an error; gradients through the sampler, in the times of its steps, say where they
+are better spent. Takes about half a minute; writes demo-output/learn_the_steps.png.
 """
 
 from pathlib import Path
@@ -22,11 +22,12 @@ class Network(eqx.Module):
     mlp: eqx.nn.MLP
 
     def __call__(self, label, y, args):
+        """The output at one point."""
         waves = label * jnp.array([1.0, 2.0, 4.0, 8.0])
         return self.mlp(jnp.concatenate([y, jnp.sin(waves), jnp.cos(waves)]))
 
 
-rng, evaluations = np.random.default_rng(0), 6
+rng, evaluations, solver = np.random.default_rng(0), 6, sf.diffusion.UniPC(2, lower_order_final=True)
 turn = 3 * np.pi * np.sqrt(rng.uniform(size=4096))
 spiral = turn[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1) / 9 + 0.03 * rng.normal(size=(4096, 2))
 data, schedule = sf.data.Samples(spiral.astype(np.float32)), sf.diffusion.EDM(0.01, 20.0)
@@ -38,11 +39,9 @@ model = sf.fit(model, data, loss, optim=optim, steps=4000, batch_size=256, key=j
 even = sf.diffusion.sampling_grid(schedule, evaluations)  # equal steps in log(alpha / sigma)
 times = lambda gaps: 20.0 * jnp.exp(-np.log(2000.0) * jnp.cumsum(jax.nn.softmax(gaps)))
 grid = lambda gaps: sf.grids.Grid(jnp.append(20.0, times(gaps)[:-1]), times(gaps), even.live, even.save)
-solver = sf.diffusion.UniPC(2, lower_order_final=True)
 draw = jax.jit(jax.vmap(lambda x, gaps: sf.diffusion.sample(model, x, solver=solver, grid=grid(gaps)), (0, None)))
 exact = jax.jit(jax.vmap(lambda x: sf.diffusion.sample(model, x, solver=solver, num_steps=200)))
 error = lambda gaps, x, ends: jnp.mean(jnp.linalg.norm(draw(x, gaps) - ends, axis=1))
-
 noise, other = schedule.sample_prior((2, 512, 2), key=jax.random.key(2))
 gaps, ends, slope, adam = jnp.zeros(evaluations), exact(noise), jax.jit(jax.grad(error)), optax.adam(0.05)
 state = adam.init(gaps)
@@ -52,7 +51,7 @@ for _ in range(150):
 figure = Figure(figsize=(9, 4.5), layout="constrained")
 for ax, (name, found) in zip(figure.subplots(1, 2), {"even": jnp.zeros(evaluations), "learned": gaps}.items()):
     wrong = error(found, other, exact(other))
-    print(f"{name} steps: mean error {wrong:.4f} from other noise; sigma after each", times(found).round(3).tolist())
+    print(f"{name} steps: mean error {wrong:.4f} from other noise; sigma after each:", np.round(times(found), 3))
     ax.scatter(*spiral.T, color="0.85", s=4)
     ax.scatter(*draw(other, found).T, s=6)
     ax.set(title=f"{evaluations} {name} steps: mean error {wrong:.4f}", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))

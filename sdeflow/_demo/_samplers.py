@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def samplers(out: Path, *, seed: int = 2, quick: bool = False) -> Iterator[str]:
         f"the digits: {normal:.2f}; no model: {np.log2(_LEVELS):.2f}."
     )
 
-    wanted, judge = (_classifier(digits, scale, key) for key in jax.random.split(for_judges))
+    wanted, judge = _classifiers(digits, scale, 150 if quick else 600, for_judges)
     targets = np.array(list(_EDITS.values()))
     originals = scale.enter(np.stack([test.values[test.args == k][0] for k in _EDITS]))
     inverted = _inverted(model, originals)
@@ -207,18 +207,20 @@ def _train(
     )
 
 
-def _classifier(digits: Samples, scale: _Scale, key: PRNGKeyArray) -> Callable[[Array], Array]:
-    """A small network that reads digits."""
+def _classifiers(digits: Samples, scale: _Scale, steps: int, key: PRNGKeyArray) -> list[Any]:
+    """Two small networks that read digits, alike but for where they began and what they saw."""
+    optim, data, found = optax.adam(optax.cosine_decay_schedule(3e-3, steps)), _Spread(digits, scale), []
+    for one in jax.random.split(key):
+        for_model, for_training = jax.random.split(one)
+        model = eqx.nn.MLP(_SIDE**2, 10, 64, 2, jax.nn.silu, key=for_model)
+        options: dict[str, Any] = {"optim": optim, "steps": steps, "batch_size": 128, "key": for_training}
+        found.append(fit(model, data, _misread, progress=False, **options).model)
+    return found
 
-    def loss(model: Any, batch: SamplesBatch, key: PRNGKeyArray, step: Any) -> tuple[Array, dict]:
-        x = batch.values + 0.1 * jax.random.normal(key, batch.values.shape)
-        return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(x), batch.args).mean(), {}
 
-    for_model, for_training = jax.random.split(key)
-    model = eqx.nn.MLP(_SIDE**2, 10, 64, 2, jax.nn.silu, key=for_model)
-    optim = optax.adam(optax.cosine_decay_schedule(3e-3, 600))
-    data = _Spread(digits, scale)
-    return fit(model, data, loss, optim=optim, steps=600, batch_size=128, key=for_training, progress=False).model
+def _misread(model: Any, batch: SamplesBatch, key: PRNGKeyArray, step: Any) -> tuple[Array, dict]:
+    x = batch.values + 0.1 * jax.random.normal(key, batch.values.shape)
+    return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(x), batch.args).mean(), {}
 
 
 # What is done with them
