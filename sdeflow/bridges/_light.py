@@ -8,7 +8,7 @@ by one objective without simulation,
 whose excess over its least value is the divergence KL(bridge || learned bridge). Batches of both samples are taken
 inside the compiled loop, in one random order of the rows, so that each is seen before any is seen twice.
 
-By default the covariances are full and the components match moments (see `_moments`), which takes a fifth of the rows
+By default the covariances are full and the components match moments (see `_moments`), which takes a third of the rows
 that the same number of updates by Adam would see; in few dimensions, where more accuracy is to be had, Adam has the
 rest. The official way, diagonal covariances by Adam, is there too; two things differ from its defaults, which
 ``spread`` and ``optim`` bring back: the components start with S = 1 rather than .1, from which many never recover, and
@@ -43,7 +43,7 @@ _POLISHED = 8  # Those up to which Adam improves on moments.
 _LEAST = 100  # Updates by moments, if there are so many steps: they are few, so that short trainings need a share more.
 _PILOT = 4096  # Rows for the first guess.
 _RATE, _POLISH = 5e-3, 2e-3
-_SHARE = 50  # Updates by Adam for one by moments.
+_SHARE = 33  # Updates by Adam for one by moments.
 _CHUNKS = 20
 _ORDER, _BACK = 0, 2  # What keys are folded in for.
 

@@ -6,11 +6,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 from helpers.bridges import ROTATING, one
+from helpers.processes import last_number
 
 import sdeflow as sf
 from sdeflow.bridges import MixturePotential, gaussian_sb, light_loss, light_sb, sinkhorn_bridge
-from sdeflow.bridges._light import _order
-from sdeflow.bridges._moments import Components, _Cloud, _moved, inverse, tiles
+from sdeflow.bridges._light import _chunk, _order
+from sdeflow.bridges._moments import Components, Moments, _Cloud, _moved, inverse, tiles
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -165,3 +166,53 @@ def test_an_order_has_each_row_as_often_as_its_weight_says():
     counts = np.bincount(_order(jr.key(0), 100, weights), minlength=100)
     assert (np.abs(counts - 100 * np.asarray(weights)) < 1).all()
     assert counts[0] == 0
+
+
+def test_an_update_copies_no_data():
+    def temporary(n):
+        stage = Moments(jnp.array(0.5), 10, 64)
+        now = Components(jnp.zeros(4), jnp.zeros((4, 3)), jnp.broadcast_to(jnp.eye(3), (4, 3, 3)))
+        x, order = jnp.zeros((n, 3)), jnp.arange(n)
+        state = jax.eval_shape(lambda: stage.start(now, x[:64], x[:64]))
+        state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state)
+        args = (stage, state, (x, x, order, order), jnp.array(0), jnp.array(10))
+        return _chunk.lower(*args).compile().compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(100_000) < temporary(1000) + 10_000
+
+
+_BIG = """
+import resource, jax, numpy as np, sdeflow as sf
+rng = np.random.default_rng(0)
+x, y = (rng.standard_normal((1_000_000, 50), np.float32) + shift for shift in (0, np.float32(1)))
+bridge = sf.bridges.light_sb(x, y, epsilon=1.0, num_components=10, steps=3000, key=jax.random.key(0))
+gap = bridge.endpoint_mean(0.0, x[0]) - (1 + 0.618 * x[0])
+assert float(abs(gap).max()) < 0.1, gap
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+_DEVICES = """
+import jax, numpy as np, sdeflow as sf
+from jax.sharding import NamedSharding, PartitionSpec
+jax.config.update("jax_enable_x64", True)
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(64, 3)), rng.normal(size=(128, 3)) + 0.5
+mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+shared = [jax.device_put(z, NamedSharding(mesh, PartitionSpec("rows"))) for z in (x, y)]
+options = dict(epsilon=0.5, num_components=4, steps=200, key=jax.random.key(0), backward="fit")
+one, four = (sf.bridges.light_sb(*clouds, **options) for clouds in ((x, y), shared))
+for p, q in zip(jax.tree.leaves((one.potential.covariances(), one.potential.centres, one.history)),
+                jax.tree.leaves((four.potential.covariances(), four.potential.centres, four.history))):
+    np.testing.assert_allclose(p, q, atol=1e-6)
+print(len(shared[0].sharding.device_set))
+"""
+
+
+@pytest.mark.slow
+def test_a_million_cells_fit_in_memory():
+    assert last_number(_BIG) < 8
+
+
+@pytest.mark.slow
+def test_four_devices_learn_what_one_learns():
+    assert last_number(_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=4") == 4
