@@ -38,6 +38,7 @@ PARTS = {
     "regularisers": "evaluations at prediction after training with regularisers",
     "series": "irregular series: a training step beside torchsde and diffrax, accuracy beside the peers",
     "bridges": "Schrödinger bridges: plans that are known, Gaussians, cells of a day held out",
+    "diffusion": "diffusion samplers: errors on a mixture of Gaussians, to the digits that are known",
     "latent": "latent stochastic equations: bound, bands and noise against a law that is known",
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",

@@ -33,6 +33,7 @@ from .solving import solve as solve
 if TYPE_CHECKING:
     from . import bridges as bridges
     from . import data as data
+    from . import diffusion as diffusion
     from . import metrics as metrics
     from . import models as models
     from . import plotting as plotting
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 _LATER = {
     "bridges": "bridges",
     "data": "data",
+    "diffusion": "diffusion",
     "metrics": "metrics",
     "models": "models",
     "plotting": "plotting",

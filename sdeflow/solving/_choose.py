@@ -15,13 +15,16 @@ from jaxtyping import PyTree
 from .._compat import use_stepsize_tol
 from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
-from ..solvers import McCallumFoster
+from ..solvers import ExponentialAdams, McCallumFoster
 from ..solvers._charging import Charging
 from ..solvers._newton import StageNewton
 from ..solvers._unrolled import unrolled
 from ..walking import asks_within
 
 TABLE_LIMIT = 4096
+_ONE_SLOPE = (
+    diffrax.Euler, diffrax.EulerHeun, diffrax.ItoMilstein, diffrax.StratonovichMilstein, ExponentialAdams
+)  # fmt: skip
 STATES_LIMIT = 32 * 2**20  # bytes: what the states before all steps may take before they are thinned out
 
 
@@ -230,7 +233,7 @@ def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
         # No slope is carried over to the next step, as it would belong to the other copy.
         inner = evaluations(solver.solver)
         return None if inner is None else (2 * (inner[0] + inner[1]), 0)
-    if type(solver) in (diffrax.Euler, diffrax.EulerHeun, diffrax.ItoMilstein, diffrax.StratonovichMilstein):
+    if type(solver) in _ONE_SLOPE:
         return 1, 0
     if type(solver) is diffrax.ReversibleHeun:
         return 1, 1

@@ -1,0 +1,289 @@
+"""``sample``: from noise to data along a grid of times, by a sampler of choice; ``invert``: back again.
+
+The sampler becomes a table of numbers on the host, in float64; one scan follows it, with one evaluation of the denoiser
+a row. Gradients go through the scan, in everything that is traced: weights, the start, guidance, the grid.
+"""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from .._compat import is_concrete, warn
+from .._results import RESULTS, SolveError, message_of
+from ..adjoints import DiscreteAdjoint, ReversibleAdjoint
+from ..solving._choose import choose_adjoint
+from ..walking import checkpointed_scan
+from ._bdia import BDIA, lost_digits
+from ._denoiser import AbstractDenoiser, check_denoiser
+from ._multistep import AbstractSampler, Multistep
+from ._singlestep import Singlestep
+from ._table import Table, Walked, follow, read
+from ._times import noiseless
+from ._undo import follow_to_undo
+
+State = Array | tuple[Array, Array]
+
+
+def sample(
+    denoiser: AbstractDenoiser,
+    x_T: State,
+    *,
+    args: Any = None,
+    solver: AbstractSampler,
+    num_steps: int | None = None,
+    grid: Any = "logsnr",
+    t_end: float | None = None,
+    key: PRNGKeyArray | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    return_state: bool = False,
+) -> Any:
+    """Draw a sample: from noise ``x_T`` at t_max to data at ``t_end``.
+
+    One sample per call; use ``jax.vmap`` for batches (a batch in ``x_T`` with a batch-wise denoiser works, too).
+    Multistep samplers evaluate the denoiser once a step.
+
+    Arguments:
+        denoiser: what predicts data or noise.
+        x_T: the start, e.g. ``denoiser.schedule.sample_prior(shape, key=key)``; for `BDIA` perhaps a pair, as `invert`
+            returns it.
+        args: passed on to the denoiser.
+        solver: a sampler, e.g. ``UniPC(3)``.
+        num_steps: how many steps.
+        grid: "logsnr", "t", "quadratic" or "edm", what has equal steps; or a `sdeflow.grids.Grid` of decreasing times.
+            Its times may be traced, and the sample differentiated in them.
+        t_end: where to end, by default the schedule's ``t_min``. Where the noise vanishes, as at 0, one last step of
+            order 1 leads there.
+        key: for samplers that add noise.
+        adjoint: `sdeflow.adjoints.DiscreteAdjoint`, which says what a gradient keeps, by default as in `sdeflow.solve`;
+            for `BDIA` also `sdeflow.adjoints.ReversibleAdjoint`, which keeps nothing but the end.
+        return_state: for `BDIA`, return the pair of the sample and the state one knot before it.
+
+    Returns:
+        The sample, an array like ``x_T``.
+
+    Raises:
+        ValueError, TypeError: for wrong shapes, names and static values, before anything runs.
+        SolveError: outside of a trace, if the sample is not finite.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sdeflow as sf
+        >>> vp = sf.diffusion.VP()
+        >>> point = sf.diffusion.Denoiser(lambda t, x, args: 0 * x + 3.0, vp, prediction="data")
+        >>> noise = vp.sample_prior((2,), key=jax.random.key(0))
+        >>> sf.diffusion.sample(point, noise, solver=sf.diffusion.UniPC(2), num_steps=5, t_end=0.0).tolist()
+        [3.0, 3.0]
+    """
+    x, base = _start(denoiser, x_T, solver, return_state)
+    _check_adjoint(adjoint, solver)
+    times = solver.times(denoiser.schedule, num_steps, grid, t_end)
+    table = _table(solver, denoiser.schedule, times, grid, num_steps)
+    if table.draws and key is None:
+        raise ValueError(f"{type(solver).__name__} adds noise with these options: pass key=.")
+    table = table if base is None else table.drop(1)
+    return _followed(denoiser, table, x, base, args, key if table.draws else None, adjoint, return_state)
+
+
+def invert(
+    denoiser: AbstractDenoiser,
+    x: State,
+    *,
+    args: Any = None,
+    solver: AbstractSampler,
+    num_steps: int | None = None,
+    grid: Any = "logsnr",
+    t_end: float | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    fixed_point: int = 0,
+    return_state: bool = False,
+) -> Any:
+    """The noise that a sample came from: from data at ``t_end`` back to noise at t_max.
+
+    `BDIA` undoes its own steps, exactly with gamma = 1 from the pair that ``sample(..., return_state=True)`` returns. A
+    sampler for the ordinary equation is run over its times reversed, which inverts the equation and with it the sampler
+    up to the error of the steps; ``fixed_point`` undoes the steps of `DDIM` instead.
+
+    Arguments:
+        denoiser: what predicts data or noise.
+        x: a sample, or the pair of `BDIA`.
+        args: passed on to the denoiser.
+        solver: a sampler without noise.
+        num_steps, grid, t_end: those of `sample`.
+        adjoint: that of `sample`.
+        fixed_point: for `DDIM`, the number of iterations for each step that is undone, each with one evaluation.
+        return_state: for `BDIA`, return the pair of the noise and the state one knot before it, which `sample` takes.
+
+    Returns:
+        The noise, an array like x.
+
+    Raises:
+        ValueError, TypeError: for wrong shapes, names and static values, samplers with noise, and an end without any.
+        SolveError: outside of a trace, if the noise is not finite.
+
+    Warns:
+        SdeflowWarning: if rounding errors of `BDIA` with this gamma grow beyond a thousandth of the state.
+
+    Example:
+        >>> import jax.numpy as jnp, sdeflow as sf
+        >>> edm = sf.diffusion.EDM()
+        >>> normal = sf.diffusion.Denoiser(lambda t, x, args: x / (1 + t**2), edm, prediction="data")
+        >>> x, ddim = jnp.array([0.5]), sf.diffusion.DDIM()
+        >>> there = sf.diffusion.invert(normal, x, solver=ddim, num_steps=40, fixed_point=20)
+        >>> back = sf.diffusion.sample(normal, there, solver=ddim, num_steps=40)
+        >>> bool(abs(back - x) < 1e-4)
+        True
+    """
+    x, base = _start(denoiser, x, solver, return_state)
+    _check_adjoint(adjoint, solver)
+    _refuse_noise(solver)
+    schedule = denoiser.schedule
+    times = solver.times(schedule, num_steps, grid, t_end)
+    if isinstance(times, np.ndarray) and noiseless(schedule, times[-1]):
+        raise ValueError(
+            f"there is no noise at t={times[-1]:g}, so nothing leads back from there: pass a larger t_end=."
+        )
+    if isinstance(solver, BDIA):
+        lost = lost_digits(solver.gamma, times.shape[0] - 1, x.dtype)
+        if lost > 1e-3:
+            warn(
+                f"undoing {times.shape[0] - 1} steps of BDIA with gamma={solver.gamma:g} magnifies rounding to about "
+                f"{lost:.1g} of the state: use gamma=1, fewer steps or 64-bit floats."
+            )
+        table = solver.inverse(schedule, times)
+        table = table if base is None else table.drop(1)
+        return _followed(denoiser, table, x, base, args, None, adjoint, return_state)
+    if fixed_point:
+        if not isinstance(fixed_point, int) or fixed_point < 1:
+            raise ValueError(f"fixed_point must be a positive number of iterations, got {fixed_point!r}.")
+        if not isinstance(solver, Multistep) or solver.order > 1 or solver.corrector:
+            raise ValueError("fixed_point undoes the steps of order 1 alone: use it with DDIM().")
+        table = _table(solver, schedule, times, grid, num_steps)
+        out = _undo(denoiser, table, x, args, _policy(adjoint, table, x), fixed_point)
+        _check_finite(out)
+        return out
+    if isinstance(solver, Singlestep) and solver.fast:
+        raise ValueError('steps="fast" is made for one direction: invert with steps="single" or "multi".')
+    table = _table(solver, schedule, times[::-1], grid, num_steps)
+    return _followed(denoiser, table, x, base, args, None, adjoint, False)
+
+
+def _start(denoiser: Any, x: Any, solver: Any, return_state: bool) -> tuple[Array, Array | None]:
+    """The state to start from, and for a pair its neighbour."""
+    check_denoiser(denoiser)
+    if not isinstance(solver, AbstractSampler):
+        raise TypeError(f"solver must be a sampler such as sf.diffusion.UniPC(3), got {solver!r}.")
+    if return_state and not isinstance(solver, BDIA):
+        raise ValueError(f"return_state=True is for BDIA, whose state is a pair, not for {type(solver).__name__}.")
+    if isinstance(x, tuple):
+        if not isinstance(solver, BDIA) or len(x) != 2:
+            raise ValueError("a pair of states is for BDIA: the state at the end of the grid, and its neighbour.")
+        end, inner = (_floating(one) for one in x)
+        if end.shape != inner.shape or end.dtype != inner.dtype:
+            raise ValueError(f"the states of a pair must be alike, got {end.shape} and {inner.shape}.")
+        return inner, end
+    return _floating(x), None
+
+
+def _floating(x: Any) -> Array:
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(f"the state must be an array, got {type(x).__name__}.")
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"the state must be of a real floating dtype, got {x.dtype}.")
+    return x
+
+
+def _check_adjoint(adjoint: Any, solver: Any) -> None:
+    if isinstance(adjoint, ReversibleAdjoint) and not isinstance(solver, BDIA):
+        raise ValueError(  # noqa: TRY004
+            f"ReversibleAdjoint undoes steps, which those of {type(solver).__name__} cannot be: use BDIA()."
+        )
+    if adjoint is not None and not isinstance(adjoint, DiscreteAdjoint | ReversibleAdjoint):
+        raise ValueError(
+            f"adjoint must be sf.adjoints.DiscreteAdjoint(...), ReversibleAdjoint() or None, got "
+            f"{type(adjoint).__name__}."
+        )
+
+
+def _table(solver: AbstractSampler, schedule: Any, times: Any, grid: Any, num_steps: int | None) -> Table:
+    """The table: on the host, or for traced times compiled as one program."""
+    name = grid if isinstance(grid, str) else None
+    if isinstance(times, np.ndarray):
+        return solver.table(schedule, times, name, num_steps)
+    return _traced_table(solver, schedule, times, name, num_steps)
+
+
+@eqx.filter_jit
+def _traced_table(solver: AbstractSampler, schedule: Any, times: Any, name: Any, num_steps: int | None) -> Table:
+    return solver.table(schedule, times, name, num_steps)
+
+
+def _policy(adjoint: Any, table: Table, x: Array) -> Any:
+    if isinstance(adjoint, ReversibleAdjoint):
+        return adjoint
+    if adjoint is None:
+        adjoint, _ = choose_adjoint([x] * (table.width + 1), table.num_rows, None)
+    return adjoint.checkpoints
+
+
+def _refuse_noise(solver: Any) -> None:
+    if any(getattr(solver, name, 0) for name in ("tau", "eta", "churn")):
+        raise ValueError(f"{type(solver).__name__} adds noise with these options, so it cannot be inverted.")
+
+
+def _followed(
+    denoiser: Any, table: Table, x: Array, base: Array | None, args: Any, key: Any, adjoint: Any, pair: bool
+) -> Any:
+    """What the table leads to.
+
+    Raises:
+        ValueError: if the table was made for states of another shape.
+    """
+    made_for = np.shape(table.keep)[1:]
+    if made_for and made_for != x.shape:
+        raise ValueError(
+            f"the statistics are for states of shape {made_for}, but the state has shape {x.shape}: use jax.vmap for "
+            "a batch."
+        )
+    out = _run(denoiser, table, x, base, args, key, _policy(adjoint, table, x))
+    _check_finite(out.x)
+    return (out.x, out.base) if pair else out.x
+
+
+def _check_finite(x: Array) -> None:
+    """Raise outside of a trace, if there is something to raise."""
+    if is_concrete(x) and not bool(jnp.isfinite(x).all()):
+        result: Any = RESULTS.nonfinite
+        raise SolveError(result, f"the sampler did not stay finite. {message_of(result)}")
+
+
+@eqx.filter_jit
+def _run(denoiser: Any, table: Table, x: Array, base: Any, args: Any, key: Any, checkpoints: Any) -> Walked:
+    mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
+    base = None if base is None else base - mean
+    if isinstance(checkpoints, ReversibleAdjoint):
+        out = follow_to_undo(table, denoiser, x - mean, base, args, checkpoints.max_defect)
+    else:
+        out = follow(table, denoiser, x - mean, base, args, key, checkpoints)
+    return Walked(out.x + mean, None if out.base is None else out.base + mean)
+
+
+@eqx.filter_jit
+def _undo(denoiser: Any, table: Table, x: Array, args: Any, checkpoints: Any, iterations: int) -> Array:
+    """Undo steps of order 1, the last first: x = (x' - out m(x)) / keep, by iteration."""
+    mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
+    rows = jax.tree.map(lambda a: a[::-1], table.cast(x.dtype))
+
+    def undone(after: Array, row: Table) -> tuple[Array, None]:
+        def improve(before: Array, _: None) -> tuple[Array, None]:
+            out = read(row, denoiser, row.t, before, args)
+            return (after - row.out[0] * out) / row.keep, None
+
+        return jax.lax.scan(improve, after, None, iterations)
+
+    x, _ = checkpointed_scan(undone, x - mean, rows, table.num_rows, checkpoints)
+    return x + mean
