@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..bridges import Bridge, Fates, PiecewiseBridge, fate, light_sb
+from ..bridges import (
+    Bridge,
+    Fates,
+    PiecewiseBridge,
+    copy_previous,
+    fate,
+    interpolate,
+    light_sb,
+    transport_midpoint,
+)
 from ..data import HeldOut, Snapshots, leave_one_out, simulated_cells, write_velocity
 from ..equations import BrownianMotion
 from ..metrics import energy_distance, wasserstein
@@ -189,23 +198,20 @@ def _judge(
     subject: Subject, setup: HeldOut, reference: BrownianMotion, settings: dict[str, Any], key: PRNGKeyArray
 ) -> Judged:
     """The cells of a day, as a bridge between its neighbours has them, beside what needs no bridge."""
-    from scipy.optimize import linear_sum_assignment
-    from scipy.spatial.distance import cdist
-
     for_fit, for_cells, for_paths = jax.random.split(key, 3)
     ((t0, x0), (t1, x1)) = setup.train.take([setup.before, setup.after]).pairs()[0]
     # Clouds of one size: distances between samples depend on it. The other half of the day says what is perfect.
-    n = min(len(setup.cells) // 2, len(x0), len(x1), _MOST)
-    rng = np.random.default_rng(np.asarray(jax.random.bits(for_cells, (4,))))
-    a, b, both = (rng.permutation(x)[: n * k] for x, k in ((x0, 1), (x1, 1), (setup.cells, 2)))
+    n = min(len(setup.cells) // 2, *setup.train.counts, _MOST)
+    few = setup.train.subsample(n, key=for_cells)
+    both = np.asarray(jax.random.permutation(for_cells, setup.cells))[: 2 * n]
     bridge = _fit(x0, x1, t0, t1, reference, settings, for_fit)
     ts = jnp.asarray([setup.time], jnp.float32)
-    predicted = np.asarray(_draw_paths(bridge, jnp.asarray(a, jnp.float32), ts, for_paths))[:, 0]
-    pairs = linear_sum_assignment(cdist(a, b, "sqeuclidean"))[1]
+    predicted = np.asarray(_draw_paths(bridge, jnp.asarray(few.at(t0), jnp.float32), ts, for_paths))[:, 0]
     guesses = {
         "the bridge": predicted,
-        "straight along optimal transport": (1 - setup.fraction) * a + setup.fraction * b[pairs],
-        f"a copy of {subject.at(t0)}": a,
+        "interpolate, from all other times": interpolate(few, setup.time, key=for_paths),
+        "straight along optimal transport": transport_midpoint(few, setup.time),
+        f"a copy of {subject.at(t0)}": copy_previous(few, setup.time),
         f"the other half of {subject.at(setup.time)}": both[n:],
     }
     real = setup.train.unstandardise(both[:n])
