@@ -101,9 +101,10 @@ def samplers(out: Path, *, seed: int = 2, quick: bool = False) -> Iterator[str]:
     yield f"  edited test digits: {share(again, targets)} before, {share(edited, targets)} after"
     yield f"  one of each class from noise: {share(unasked, classes)} before, {share(asked, classes)} after"
 
-    shown = _Shown(
-        *(scale.leave(x) for x in (drawn, originals, again, edited, unasked, asked)), targets, fitted.history
+    drawn, originals, again, edited, unasked, asked = map(
+        scale.leave, (drawn, originals, again, edited, unasked, asked)
     )
+    shown = _Shown(drawn, originals, again, edited, unasked, asked, targets, fitted.history)
     path = out / "samplers.png"
     yield finished(start, path, lambda: _draw(shown, path))
 
@@ -192,7 +193,9 @@ def _train(
     digits: Samples, test: Samples, scale: _Scale, width: int, depth: int, steps: int, key: PRNGKeyArray
 ) -> FitResult:
     for_network, for_training = jax.random.split(key)
-    model = Precondition(_Network(width, depth, key=for_network), EDM(*_SIGMAS), sigma_data=scale.deviation)
+    model = Precondition(
+        network=_Network(width, depth, key=for_network), schedule=EDM(*_SIGMAS), sigma_data=scale.deviation
+    )
     optim = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=0.01)
     return fit(
         model,

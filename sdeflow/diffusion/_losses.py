@@ -98,8 +98,8 @@ class ScoreMatching(AbstractMatching):
 
     Arguments:
         weighting: "noise" for w = 1, which is sigma^2 for the score; "likelihood" for g^2 / sigma^2, of which half the
-            sum over components, times the span of t, bounds the negative logarithm of the likelihood; or a prediction
-            whose error is to count: "data", "velocity", "score", or "flow", which is flow matching.
+            sum over components, times the span of t, bounds the negative logarithm of the likelihood; or the prediction
+            whose error is to count, "data", "velocity", "score" or, which is flow matching, "flow".
         t_min: the least time; None for that of the schedule.
         stratified: draw one level in each of B equal shares of the times, which has less variance than B independent
             ones, and the same mean.
