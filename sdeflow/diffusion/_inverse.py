@@ -249,7 +249,9 @@ def _check_operator(operator: Any) -> Any:
     if callable(operator):
         return operator
     if jnp.ndim(operator) != 2:
-        raise TypeError("operator must be a matrix that acts on the flattened sample, or a linear function of a sample.")
+        raise TypeError(
+            "operator must be a matrix that acts on the flattened sample, or a linear function of a sample."
+        )
     return jnp.asarray(operator)
 
 
