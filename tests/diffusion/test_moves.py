@@ -79,7 +79,7 @@ def test_replacement_is_biased_as_it_is_known_to_be(steps, corrections, mean, va
 @pytest.mark.slow
 def test_the_bias_with_expected_norms():
     # Smaller steps where the score is smaller than that of pure noise: more of them are needed.
-    for steps, corrections, wanted in ((200, 1, (0.588, 0.440)), (1000, 1, (0.693, 0.410)), (1000, 5, (0.79, 0.37))):
+    for steps, corrections, wanted in ((200, 1, (0.588, 0.440)), (1000, 1, (0.693, 0.410)), (1000, 5, (0.761, 0.377))):
         assert inpaint(steps, corrections, "expected", solver=DDIM(1.0)) == pytest.approx(wanted, abs=0.02)
 
 
