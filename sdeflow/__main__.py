@@ -15,6 +15,7 @@ from . import _demo
 from ._compat import _BAD_JAX
 
 _PACKAGES = ("sdeflow", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy")
+_OWN = ("data", "time", "rep", "label")
 # Sizes for which jax 0.10.2 gets rows wrong on CPU.
 _CANARY_ROWS = (32_769, 40_000)
 
@@ -28,12 +29,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="the directory of the figure")
     demo.add_argument("--seed", type=int, default=2, help="the seed of everything random (2: a typical one)")
     demo.add_argument("--quick", action="store_true", help="a few steps on a small simulated data set")
+    own = demo.add_argument_group("your own cells, for --job bridges")
+    own.add_argument("--data", type=Path, help="an AnnData file (.h5ad), which is left as it is")
+    own.add_argument("--time", help='the column of obs with the time of each cell ("day")')
+    own.add_argument("--rep", help='the entry of obsm to work in ("X_pca")')
+    own.add_argument("--label", help="the column of obs with the type of each cell, for fates")
     commands.add_parser("info", help="versions, devices, and whether the installed jax computes what it should")
     chosen = parser.parse_args(argv)
     if chosen.command == "info":
         return info()
-    for line in _demo.JOBS[chosen.job](chosen.out, seed=chosen.seed, quick=chosen.quick):
-        print(line, flush=True)
+    given = {name: value for name in _OWN if (value := getattr(chosen, name)) is not None}
+    if given and chosen.job != "bridges":
+        demo.error(f"--{next(iter(given))} goes with --job bridges.")
+    if given and "data" not in given:
+        demo.error(f"--{next(iter(given))} says what is in a file; name the file, --data.")
+    try:
+        for line in _demo.JOBS[chosen.job](chosen.out, seed=chosen.seed, quick=chosen.quick, **given):
+            print(line, flush=True)
+    except _demo.InputError as error:
+        demo.exit(2, f"{error}\n")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 import time
 from types import SimpleNamespace
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from sdeflow import __main__ as command
-from sdeflow import _demo
-from sdeflow.data import TimeSeries
+from sdeflow._demo import _bridges, _series
+from sdeflow.data import Snapshots, TimeSeries, simulated_cells
 
 
 def test_a_quick_demo_scores_the_test_set_and_leaves_a_figure(tmp_path, capsys):
@@ -29,7 +30,7 @@ def test_a_quick_demo_scores_the_test_set_and_leaves_a_figure(tmp_path, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("aeon") is None, reason="aeon carries the speech data")
 def test_the_demo_classifies_speech_with_half_of_the_values_missing(tmp_path):
     start = time.process_time()
-    lines = list(_demo.series(tmp_path))
+    lines = list(_series.series(tmp_path))
     accuracy, trivial = (float(x) for x in re.findall(r"\d\.\d{3}", next(x for x in lines if "Test accuracy" in x)))
     assert accuracy >= 0.93
     assert accuracy > trivial
@@ -40,15 +41,15 @@ def test_without_the_speech_data_simulated_ones_take_their_place(monkeypatch):
     def missing():
         raise FileNotFoundError("The files were not found; run `pip install this`.")
 
-    monkeypatch.setattr(_demo, "japanese_vowels", missing)
-    name, *parts = _demo._load(jax.random.key(0), quick=False)
+    monkeypatch.setattr(_series, "japanese_vowels", missing)
+    name, *parts = _series._load(jax.random.key(0), quick=False)
     assert "pip install this" in name
     assert "simulated series" in name
     assert all(np.isfinite(x).any() for part in parts for x in part.values)
 
 
 def test_the_parts_of_the_data_are_disjoint_half_observed_and_standardised_by_the_first():
-    _, fitting, held_out, test = _demo._load(jax.random.key(0), quick=True)
+    _, fitting, held_out, test = _series._load(jax.random.key(0), quick=True)
     assert set(fitting.ids).isdisjoint(held_out.ids)
     assert len(fitting) + len(held_out) == 40
     for part in (fitting, held_out, test):
@@ -62,9 +63,9 @@ def test_without_matplotlib_there_is_no_figure_and_a_way_to_get_one(tmp_path, mo
     model = SimpleNamespace(predict=lambda test, **_: np.zeros((len(test), 3)))
     fitted = SimpleNamespace(model=model, message="done.", best_step=1)
     find = importlib.util.find_spec
-    monkeypatch.setattr(_demo, "_train", lambda *args: fitted)
+    monkeypatch.setattr(_series, "_train", lambda *args: fitted)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    lines = list(_demo.series(tmp_path, quick=True))
+    lines = list(_series.series(tmp_path, quick=True))
     assert 'pip install "sdeflow[plot]"' in lines[-1]
     assert list(tmp_path.iterdir()) == []
 
@@ -74,7 +75,147 @@ def test_the_nearest_centroid_ignores_what_is_missing():
     train = TimeSeries.from_arrays([[0, 1]] * 4, [[0, nan], [2, nan], [9, 11], [nan, 12]], labels=[0, 0, 1, 1])
     test = TimeSeries.from_arrays([[0, 1]] * 3, [[nan, 5], [nan, 7], [-100, 100]], labels=[0, 1, 0])
     # The centroids are 1 and 11, so that the border is at 6; the means are 5, 7 and 0.
-    assert _demo.nearest_centroid(train, test).tolist() == [0, 1, 0]
+    assert _series.nearest_centroid(train, test).tolist() == [0, 1, 0]
+
+
+# ---- Bridges. ----
+
+
+def scores(lines):
+    """The three distances of each row of the table."""
+    rows = [re.fullmatch(r"  (\D.*?) +(\S+) / (\S+) / (\S+)", line) for line in lines]
+    return {row[1]: [float(x) for x in row.groups()[1:]] for row in rows if row}
+
+
+def fates(lines):
+    """The shares of what each kind of cells becomes."""
+    rows = [re.fullmatch(r"  day (\d+), (\w+) \(\d+\) +(.*)", line) for line in lines]
+    share = lambda text: {name: int(x) for x, name in re.findall(r"(\d+)% (\w+)", text)}
+    return {(row[1], row[2]): share(row[3]) for row in rows if row}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """The cells of the quick demo as a biologist has them: shuffled, in units of their own, days as categories."""
+    anndata, pandas = pytest.importorskip("anndata"), pytest.importorskip("pandas")
+    cells = simulated_cells(100, key=jax.random.key(1))
+    order = np.random.default_rng(0).permutation(cells.num_cells)
+    days, kinds = np.repeat([f"{t:g}" for t in cells.times], cells.counts)[order], np.concatenate(cells.labels)[order]
+    columns = {"day": pandas.Categorical(days), "cell_type": pandas.Categorical(kinds)}
+    obs = pandas.DataFrame(columns, index=[f"cell{i}" for i in order])
+    adata = anndata.AnnData(np.zeros((len(order), 2), np.float32), obs=obs)
+    adata.obsm["X_pca"] = 5 * np.concatenate(cells.samples)[order]
+    path = tmp_path / "mine.h5ad"
+    adata.write_h5ad(path)
+    return path
+
+
+def test_a_quick_demo_of_bridges_predicts_a_day_and_leaves_a_figure(tmp_path, capsys):
+    assert command.main(["demo", "--job", "bridges", "--quick", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith(f"The figure: {tmp_path / 'bridges.png'}")
+    assert (tmp_path / "bridges.png").read_bytes().startswith(b"\x89PNG")
+    assert "50 cells against 50" in "\n".join(lines)
+    found = scores(lines)
+    names = ["the bridge", "straight along optimal transport", "a copy of day 1", "the other half of day 2"]
+    assert list(found) == names
+    for k in range(3):
+        assert found["the bridge"][k] < 0.7 * found["a copy of day 1"][k]
+    become = fates(lines)
+    assert all(95 <= sum(shares.values()) <= 101 for shares in become.values())
+    # Whoever has chosen stays; progenitors may still become either.
+    assert become["2", "A"]["A"] > 90
+    assert become["2", "B"]["B"] > 90
+    assert {"A", "B"} <= {name for name, share in become["2", "progenitor"].items() if share > 20}
+
+
+def test_velocities_go_into_a_copy_of_a_file(tmp_path, file, capsys):
+    anndata = pytest.importorskip("anndata")
+    before, out = file.read_bytes(), tmp_path / "out"
+    assert (
+        command.main(
+            ["demo", "--job", "bridges", "--quick", "--data", f"{file}", "--label", "cell_type", "--out", f"{out}"]
+        )
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in out.iterdir()) == ["bridges.png", "mine-velocity.h5ad"]
+    assert f'obsm["velocity_pca"] of a copy, {out / "mine-velocity.h5ad"}; {file} is as it was.' in "\n".join(lines)
+    given, written = anndata.read_h5ad(file), anndata.read_h5ad(out / "mine-velocity.h5ad")
+    velocity = np.asarray(written.obsm["velocity_pca"])
+    assert velocity.shape == written.obsm["X_pca"].shape
+    assert list(written.obs_names) == list(given.obs_names)
+    assert written.uns["sdeflow"]["time"] == "day"
+    assert fates(lines)["2", "A"]["A"] > 90
+    # A day later the cells of a day are where those of the next are: the mean of the velocities says so.
+    cells = Snapshots.from_anndata(given, time="day")
+    for i in (0, 1, 2):
+        step = cells.samples[i + 1].mean(axis=0) - cells.samples[i].mean(axis=0)
+        mean = velocity[cells.index[i]].mean(axis=0)
+        assert np.linalg.norm(mean - step) < 0.35 * np.linalg.norm(step)
+
+
+def test_two_days_without_labels_have_neither_a_score_nor_fates(tmp_path, file):
+    anndata = pytest.importorskip("anndata")
+    adata = anndata.read_h5ad(file)
+    adata[adata.obs["day"].isin(["0", "1"])].write_h5ad(file)
+    lines = list(_bridges.bridges(tmp_path, data=file, quick=True))
+    assert any("Nothing is held out" in line for line in lines)
+    assert any("--label" in line for line in lines)
+    assert scores(lines) == fates(lines) == {}
+    assert (tmp_path / "bridges.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--time", "week"], r"no column 'week' in obs; it has \['day', 'cell_type'\]"),
+        (["--label", "type"], r"no column 'type' in obs"),
+        (["--rep", "X_umap"], r"no 'X_umap' in obsm; it has \['X_pca'\]"),
+        (["--time", "cell_type"], "are not numbers"),
+    ],
+)
+def test_a_file_that_lacks_what_is_named_is_refused_in_a_sentence(options, words, file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["demo", "--job", "bridges", "--data", f"{file}", "--out", f"{file.parent / 'out'}", *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert re.search(words, error)
+    assert len(error.splitlines()) == 1
+    assert not (file.parent / "out").exists()
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("anndata")
+    with pytest.raises(_bridges.InputError, match=r"There is no file .*none\.h5ad\."):
+        list(_bridges.bridges(tmp_path, data=tmp_path / "none.h5ad"))
+    (tmp_path / "text.h5ad").write_text("no cells")
+    with pytest.raises(_bridges.InputError, match=r"text\.h5ad could not be read as an AnnData file"):
+        list(_bridges.bridges(tmp_path, data=tmp_path / "text.h5ad"))
+    monkeypatch.setitem(sys.modules, "anndata", None)
+    with pytest.raises(_bridges.InputError, match=r'needs anndata: pip install "sdeflow\[single-cell\]"'):
+        list(_bridges.bridges(tmp_path, data=tmp_path / "text.h5ad"))
+
+
+@pytest.mark.slow
+def test_the_demo_of_bridges_beats_a_copy_of_the_day_before(tmp_path):
+    start = time.process_time()
+    lines = list(_bridges.bridges(tmp_path))
+    found = scores(lines)
+    for k in range(3):
+        assert found["the bridge"][k] < 0.5 * found["a copy of day 1"][k]
+    # Above the floor, and not far above the hardest baseline.
+    assert found["the other half of day 2"][0] < found["the bridge"][0]
+    assert found["the bridge"][0] < 1.3 * found["straight along optimal transport"][0]
+    become = fates(lines)
+    assert become["2", "A"]["A"] >= 95
+    assert become["2", "B"]["B"] >= 95
+    assert 40 <= become["0", "progenitor"]["A"] <= 60
+    assert time.process_time() - start < 180
+
+
+# ---- The commands. ----
 
 
 def test_info_names_versions_and_a_living_canary(capsys):
@@ -103,7 +244,16 @@ def test_info_names_a_bad_release(monkeypatch, capsys):
     assert "known faults of this jax: it is haunted" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [[], ["demo", "--job", "unknown"], ["demo", "--seed", "x"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["demo", "--job", "unknown"],
+        ["demo", "--seed", "x"],
+        ["demo", "--data", "mine.h5ad"],
+        ["demo", "--job", "bridges", "--time", "day"],
+    ],
+)
 def test_a_command_that_is_none_is_explained(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(argv)

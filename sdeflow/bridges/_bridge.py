@@ -1,5 +1,6 @@
 """``Bridge``: the equation of a Schrödinger bridge, its exact paths, and its way back."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -63,16 +64,16 @@ class Bridge(eqx.Module):
 
     def drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The drift at one state; use ``vmap`` for more. From samples it is finite before t1 only, else up to t1."""
-        return self._reference_drift(t, x) + self._noise(self._ahead(*self._place(t, x)))
+        return self._reference_drift(t, x) + self._noise(t, self._ahead(*self._place(t, x)))
 
     def backward_drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The drift for decreasing times, whose noise is L dW of a Brownian motion that runs backwards."""
-        return self._reference_drift(t, x) - self._noise(self._behind(*self._place(t, x)))
+        return self._reference_drift(t, x) - self._noise(t, self._behind(*self._place(t, x)))
 
     def velocity(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The velocity of the ordinary equation with the same densities: the mean of drift and backward drift."""
         place = self._place(t, x)
-        return self._reference_drift(t, x) + self._noise(self._ahead(*place) - self._behind(*place)) / 2
+        return self._reference_drift(t, x) + self._noise(t, self._ahead(*place) - self._behind(*place)) / 2
 
     def score(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The gradient of the log density at time t."""
@@ -104,15 +105,7 @@ class Bridge(eqx.Module):
             ValueError: for times that decrease or lie outside of the horizon.
         """
         x0, ts = self._state(x0), jnp.asarray(ts, self.t1.dtype)
-        if is_concrete(ts, self.t0, self.t1):
-            known = np.asarray(ts)
-            if known.ndim != 1 or known.size == 0 or (np.diff(known) < 0).any():
-                raise ValueError("ts must be one row of times that do not decrease.")
-            if not (float(self.t0) <= known[0] and known[-1] <= float(self.t1)):
-                raise ValueError(
-                    f"ts must lie between t0={float(self.t0):g} and t1={float(self.t1):g}, "
-                    f"got {known[0]:g} to {known[-1]:g}."
-                )
+        check_times(ts, self.t0, self.t1)
         for_end, for_path = jr.split(key)
         end = self.sample_endpoint(x0, key=for_end)
         stops = jnp.append(ts, self.t1)
@@ -152,14 +145,9 @@ class Bridge(eqx.Module):
             >>> sol.ys.shape
             (3, 2)
         """
-        if direction not in ("forward", "backward", "flow"):
-            raise ValueError(f'direction must be "forward", "backward" or "flow", got {direction!r}.')
-        if direction != "forward":
+        if direction in ("backward", "flow"):
             self._backward()
-        if direction == "flow":
-            return ODE(lambda t, y, args: self.velocity(t, y))
-        drift = self.drift if direction == "forward" else self.backward_drift
-        return SDE(lambda t, y, args: drift(t, y), self.reference.diffusion, additive=True)
+        return as_equation(self, direction, self.reference.diffusion)
 
     def _place(self, t: Any, x: Array) -> tuple[Array, Array, Array]:
         """The derivative of the coordinates in x, the coordinates, and what is left of the clock."""
@@ -176,8 +164,8 @@ class Bridge(eqx.Module):
         passed = jnp.eye(len(z), dtype=z.dtype) - left if jnp.ndim(left) == 2 else 1 - left
         return apply(jacobian.T, potential.gradient(z, passed))
 
-    def _noise(self, gradient: Array) -> Array:
-        return apply(self.clock.noise(), gradient)
+    def _noise(self, t: Any, gradient: Array) -> Array:
+        return apply(self.clock.noise(t), gradient)
 
     def _reference_drift(self, t: Any, x: Array) -> Array:
         return self.reference.drift(t, self._state(x), None)
@@ -204,6 +192,27 @@ class Bridge(eqx.Module):
         d, K = self.clock.shift.shape[0], self.potential.log_weights.shape[0]
         way = "and back" if self.backward is not None else "forward only"
         return f"Bridge({d} dimensions, {kind}, t from {self.t0} to {self.t1}, {K} components, {way})"
+
+
+def check_times(ts: Array, t0: Array, t1: Array) -> None:
+    """That known times of a path are one row, do not decrease, and lie in the horizon."""
+    if not is_concrete(ts, t0, t1):
+        return
+    known, begin, end = np.asarray(ts), float(t0), float(t1)
+    if known.ndim != 1 or known.size == 0 or (np.diff(known) < 0).any():
+        raise ValueError("ts must be one row of times that do not decrease.")
+    if not (begin <= known[0] and known[-1] <= end):
+        raise ValueError(f"ts must lie between t0={begin:g} and t1={end:g}, got {known[0]:g} to {known[-1]:g}.")
+
+
+def as_equation(bridge: Any, direction: str, diffusion: Callable[..., Any]) -> SDE | ODE:
+    """What has the drifts of a bridge, and its noise, as an equation."""
+    if direction not in ("forward", "backward", "flow"):
+        raise ValueError(f'direction must be "forward", "backward" or "flow", got {direction!r}.')
+    if direction == "flow":
+        return ODE(lambda t, y, args: bridge.velocity(t, y))
+    drift = bridge.drift if direction == "forward" else bridge.backward_drift
+    return SDE(lambda t, y, args: drift(t, y), diffusion, additive=True)
 
 
 def _root(q: Array) -> Array:

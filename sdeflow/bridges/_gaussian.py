@@ -47,9 +47,9 @@ def gaussian_sb(m0: Any, S0: Any, m1: Any, S1: Any, reference: LinearSDE, *, t0:
         >>> round(float(bridge.potential.spread[0, 0]), 6)
         0.309017
     """
-    dtype = jnp.result_type(reference.b, jnp.asarray(m0))
+    dtype = jnp.result_type(reference.dtype, jnp.asarray(m0))
     m0, S0, m1, S1 = (jnp.asarray(v, dtype) for v in (m0, S0, m1, S1))
-    d = reference.b.shape[0]
+    d = reference.dim
     for name, value, shape in (("m0", m0, (d,)), ("S0", S0, (d, d)), ("m1", m1, (d,)), ("S1", S1, (d, d))):
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, like the reference, got {value.shape}.")

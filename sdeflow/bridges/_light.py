@@ -5,14 +5,17 @@ by one objective without simulation,
 
     loss = E_x0 log c(x0) - E_x1 log v(x1),   c(x) = sum_k a_k exp((x' S_k x + 2 r_k' x) / (2 epsilon)),
 
-whose excess over its least value is the divergence KL(bridge || learned bridge). Batches of both samples are drawn
-inside the compiled loop. ``log a_k`` is stored times epsilon, as in the official code: its rate is then 1 / epsilon of
-the others'. Two things differ from the official defaults, which ``spread`` and ``optim`` bring back: the components
-start with S = 1 rather than .1, from which many never recover, and the rate falls to 0 along a cosine.
+whose excess over its least value is the divergence KL(bridge || learned bridge). Batches of both samples are taken
+inside the compiled loop, in one random order of the rows, so that each is seen before any is seen twice.
+
+By default the covariances are full and the components match moments (see `_moments`), which takes a third of the rows
+that the same number of updates by Adam would see; in few dimensions, where more accuracy is to be had, Adam has the
+rest. The official way, diagonal covariances by Adam, is there too; two things differ from its defaults, which
+``spread`` and ``optim`` bring back: the components start with S = 1 rather than .1, from which many never recover, and
+the rate falls to 0 along a cosine.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -26,16 +29,23 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._compat import is_concrete
 from .._results import RESULTS, SolveError
 from ..equations import LinearSDE
+from ..metrics._blocks import masses
 from ..training._progress import make_progress
 from ._bridge import Bridge
+from ._descent import Descent, Diagonal, Full
 from ._mixture import MixturePotential
+from ._moments import Components, Moments, tiles
 from ._samples import prepared
 from ._sinkhorn import points
 
-_RATE = 5e-3
-_SMALLEST, _LARGEST = -12.0, 6.0  # Of log S, so that no component collapses or explodes.
+_FULL = 128  # Dimensions up to which covariances are full.
+_POLISHED = 8  # Those up to which Adam improves on moments.
+_LEAST = 100  # Updates by moments, if there are so many steps: they are few, so that short trainings need a share more.
+_PILOT = 4096  # Rows for the first guess.
+_RATE, _POLISH = 5e-3, 2e-3
+_SHARE = 33  # Updates by Adam for one by moments.
 _CHUNKS = 20
-_START, _TRAIN, _BACK = 0, 1, 2  # What keys are folded in for.
+_ORDER, _BACK = 0, 2  # What keys are folded in for.
 
 
 def light_sb(
@@ -48,7 +58,9 @@ def light_sb(
     key: PRNGKeyArray,
     reference: LinearSDE | None = None,
     backward: Literal["samples", "fit"] | None = None,
-    covariance: Literal["diagonal", "full"] = "diagonal",
+    a: Any = None,
+    b: Any = None,
+    covariance: Literal["diagonal", "full"] | None = None,
     spread: float = 1.0,
     optim: optax.GradientTransformation | None = None,
     batch_size: int = 128,
@@ -64,23 +76,29 @@ def light_sb(
         x1: shape (m, d), at t1; nothing pairs the rows.
         epsilon: the variance of Brownian motion over the horizon, where no reference is given.
         num_components: K.
-        steps: updates.
+        steps: updates of ``batch_size`` rows of each sample; the default method sees as many rows at most, in fewer and
+            larger ones.
         key: a random key.
         reference: a `LinearSDE` instead of ``epsilon``.
         backward: the way back, which ``velocity`` needs too: "samples" takes it from the rows of x0, exactly but at a
             cost of O(n d) an evaluation, and at t0 it is not finite; "fit" learns a second mixture with the ends
             exchanged.
-        covariance: of the components in the coordinates of the clock; "full" costs O(K d^2) for each row.
-        spread: the S that the components start with.
-        optim: an optax optimiser; by default Adam from the rate .005, times the mean standard deviation of x1 in the
-            coordinates, falling to 0 along a cosine. Official: ``optax.adam(1e-3)`` at epsilon .1, 3e-3 at 1.
+        a: weights of x0, shape (n,), equal if None; where cells divide and die, `sdeflow.data.growth_weights`.
+        b: weights of x1, shape (m,).
+        covariance: of the components in the coordinates of the clock; "full" costs O(K d^2) for each row. By default
+            full up to 128 dimensions.
+        spread: the S that the components start with where an optimiser trains them alone.
+        optim: an optax optimiser, in place of moments where covariances are full, and of Adam where they are diagonal,
+            with a rate of .005 times the mean standard deviation of x1 in the coordinates, falling to 0 along a cosine.
+            Official: ``optax.adam(1e-3)`` at epsilon .1, 3e-3 at 1, with diagonal covariances.
         batch_size: rows of each sample in an update.
         t0, t1: the horizon.
         progress: show it.
         throw: called eagerly, raise if the loss becomes infinite or NaN; else see ``result``.
 
     Returns:
-        A `Bridge` whose ``history["loss"]`` is the mean loss of each twentieth of the updates.
+        A `Bridge` whose ``history["loss"]`` is the mean loss of each twentieth of the updates; where Adam follows
+        moments, twenty more.
 
     Raises:
         TypeError: if ``optim`` is not an optax optimiser.
@@ -99,47 +117,124 @@ def light_sb(
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     if backward not in (None, "samples", "fit"):
         raise ValueError(f'backward must be "samples", "fit" or None, got {backward!r}.')
-    if covariance not in ("diagonal", "full"):
-        raise ValueError(f'covariance must be "diagonal" or "full", got {covariance!r}.')
+    if covariance not in (None, "diagonal", "full"):
+        raise ValueError(f'covariance must be "diagonal", "full" or None, got {covariance!r}.')
     if not spread > 0:
         raise ValueError(f"spread must be positive, got {spread}.")
     if optim is not None and not isinstance(optim, optax.GradientTransformation):
         raise TypeError(f"optim must be an optax optimiser, got {type(optim).__name__}.")
     clock, z0, z1 = prepared(x0, x1, epsilon, reference, t0, t1)
-    kind = _Full if covariance == "full" else _Diagonal
+    weights = [None if w is None else masses(name, w, z) for name, w, z in (("a", a, z0), ("b", b, z1))]
+    if covariance is None:
+        covariance = "full" if z0.shape[1] <= _FULL else "diagonal"
 
-    def learn(source: Array, target: Array, key: PRNGKeyArray) -> tuple[MixturePotential, Array, Array]:
-        rows = jr.choice(jr.fold_in(key, _START), len(target), (num_components,), replace=num_components > len(target))
-        start = kind.start(target[rows], spread, clock.epsilon)
-        rule, size = optim, jnp.ones((), target.dtype)
-        if rule is None:
-            rule, size = _default(steps), jax.lax.stop_gradient(target.std(axis=0).mean())
-        train_key = jr.fold_in(key, _TRAIN)
-        best, losses = _train(start, source, target, clock.epsilon, rule, size, steps, batch_size, train_key, progress)
-        return best.potential(clock.epsilon), losses, jnp.isfinite(losses).all()
+    def learn(clouds: list[Array], weights: list[Any], key: PRNGKeyArray) -> tuple[MixturePotential, Array, Array]:
+        keys = jr.split(jr.fold_in(key, _ORDER))
+        orders = [_order(key, len(z), w) for key, z, w in zip(keys, clouds, weights)]
+        (_, order), (_, target) = orders, clouds
+        centres = target[order[jnp.arange(num_components) % len(order)]]
+        K, d = centres.shape
+        logs = jnp.full(K, -np.log(K), target.dtype)
+        now = Components(logs, centres, jnp.broadcast_to(spread * jnp.eye(d, dtype=target.dtype), (K, d, d)))
+        size = jax.lax.stop_gradient(target.std(axis=0).mean())
+        data, losses = (*clouds, *orders), []
+        if covariance == "full" and optim is None:
+            updates = max(min(steps, _LEAST), steps // _SHARE)
+            stage = Moments(clock.epsilon, updates, 10 * batch_size)
+            now = tiles(*_batch(Moments(clock.epsilon, 1, _PILOT), data, 0), centres, clock.epsilon)
+            state, loss = _train(stage, now, data, updates, progress)
+            losses.append(loss)
+            learned = Full.of(state.now, clock.epsilon)
+            updates, batch, rate = -(-steps // 5), 4 * batch_size, _POLISH
+        else:
+            learned = (Full if covariance == "full" else Diagonal).of(now, clock.epsilon)
+            updates, batch, rate = steps, batch_size, _RATE
+        if not losses or d <= _POLISHED:
+            rule = _default(updates, rate) if optim is None else optim
+            moves = size if optim is None else jnp.ones((), target.dtype)
+            stage = Descent(clock.epsilon, moves, (rule.init, rule.update), batch)
+            (learned, _), loss = _train(stage, learned, data, updates, progress)
+            losses.append(loss)
+        loss = jnp.concatenate(losses)
+        return learned.potential(clock.epsilon), loss, jnp.isfinite(loss).all()
 
-    potential, losses, finite = learn(z0, z1, key)
+    potential, losses, finite = learn([z0, z1], weights, key)
     history = {"loss": losses}
     back = None
     if backward == "samples":
         ones = jnp.ones((), z0.dtype)
-        back = points(z0, -jax.vmap(lambda z: potential.log_value(z, ones))(z0), clock.epsilon)
+        log_density = -jax.vmap(lambda z: potential.log_value(z, ones))(z0)
+        back = points(z0, log_density if weights[0] is None else log_density + jnp.log(weights[0]), clock.epsilon)
     elif backward == "fit":
-        back, history["backward_loss"], okay = learn(z1, z0, jr.fold_in(key, _BACK))
+        back, history["backward_loss"], okay = learn([z1, z0], weights[::-1], jr.fold_in(key, _BACK))
         finite &= okay
     fine: Any = RESULTS.successful
     result = RESULTS.where(finite, fine, RESULTS.nonfinite_loss)
     if throw and is_concrete(finite) and not bool(finite):
         raise SolveError(
-            result, "The loss of light_sb became infinite or NaN: lower the rate of `optim`, or scale the data."
+            result,
+            "The loss of light_sb became infinite or NaN: scale the data, take fewer components, or lower the rate.",
         )
     return Bridge(clock, potential, back, history=history, result=result)
 
 
+def _order(key: PRNGKeyArray, n: int, weights: Array | None) -> Array:
+    """A random order of n rows, in which a row with a weight stands as often as that says, up to one."""
+    for_order, for_place = jr.split(key)
+    if weights is None:
+        return jr.permutation(for_order, n)
+    ends = jnp.cumsum(weights)
+    places = (jnp.arange(n) + jr.uniform(for_place)) / n * ends[-1]
+    return jr.permutation(for_order, jnp.minimum(jnp.searchsorted(ends, places, side="right"), n - 1))
+
+
+def _train(
+    stage: Moments | Descent, now: Any, data: tuple[Array, ...], updates: int, wanted: bool
+) -> tuple[Any, Array]:
+    """The last state of a stage of training, and the mean loss of each chunk of its updates."""
+    length = -(-updates // min(_CHUNKS, updates))
+    state, bar, losses = _begin(stage, now, data), make_progress(wanted, updates, 0), []
+    try:
+        for first in range(0, updates, length):
+            last = min(first + length, updates)
+            state, loss = _chunk(stage, state, data, jnp.asarray(first), jnp.asarray(last))
+            losses.append(loss)
+            if wanted:
+                bar.update(last, float(loss))
+    finally:
+        bar.close()
+    return state, jnp.stack(losses)
+
+
+def _batch(stage: Moments | Descent, data: tuple[Array, ...], number: Any) -> tuple[Array, Array]:
+    x, y, *orders = data
+    places = number * stage.batch_size + jnp.arange(stage.batch_size)
+    for_x, for_y = (order[places % len(order)] for order in orders)
+    return x[for_x], y[for_y]
+
+
+@eqx.filter_jit
+def _begin(stage: Moments | Descent, now: Any, data: tuple[Array, ...]) -> Any:
+    with jax.default_matmul_precision("highest"):
+        return stage.start(now, *_batch(stage, data, 0))
+
+
+@eqx.filter_jit
+def _chunk(stage: Moments | Descent, state: Any, data: tuple[Array, ...], first: Array, last: Array) -> Any:
+    def one(number: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        state, total = carry
+        state, loss = stage.step(state, *_batch(stage, data, number), number)
+        return state, total + loss
+
+    with jax.default_matmul_precision("highest"):
+        state, total = jax.lax.fori_loop(first, last, one, (state, jnp.zeros((), data[0].dtype)))
+    return state, total / (last - first)
+
+
 @functools.lru_cache
-def _default(steps: int) -> optax.GradientTransformation:
+def _default(steps: int, rate: float) -> optax.GradientTransformation:
     # One object for equal numbers of steps, so that a second fit finds the compiled program of the first.
-    return optax.adam(optax.cosine_decay_schedule(_RATE, steps))
+    return optax.adam(optax.cosine_decay_schedule(rate, steps))
 
 
 def light_loss(potential: MixturePotential, z0: Float[Array, "n d"], z1: Float[Array, "m d"]) -> Float[Array, ""]:
@@ -168,122 +263,3 @@ def light_loss(potential: MixturePotential, z0: Float[Array, "n d"], z1: Float[A
 
     normaliser = jax.vmap(lambda z: potential.log_value(z, one) + z @ z / (2 * epsilon))
     return normaliser(z0).mean() - jax.vmap(log_density)(z1).mean()
-
-
-class _Diagonal(eqx.Module):
-    """Log weights times epsilon, centres, and log S."""
-
-    weights: Array
-    centres: Array
-    logs: Array
-
-    @classmethod
-    def start(cls, centres: Array, spread: float, epsilon: Array) -> "_Diagonal":
-        K, dtype = len(centres), centres.dtype
-        return cls(epsilon * jnp.full(K, -np.log(K), dtype), centres, jnp.full(centres.shape, np.log(spread), dtype))
-
-    def loss(self, x: Array, y: Array, epsilon: Array) -> Array:
-        logs = jnp.clip(self.logs, _SMALLEST, _LARGEST)
-        spread, weights = jnp.exp(logs), self.weights / epsilon
-        c = weights + (x**2 @ (spread.T / 2) + x @ self.centres.T) / epsilon
-        # The squares of differences, not the difference of squares: that would lose all digits where S is small.
-        gap = y[:, None] - self.centres
-        v = weights - logs.sum(axis=1) / 2 - (gap**2 * (1 / spread)).sum(axis=-1) / (2 * epsilon)
-        return jax.nn.logsumexp(c, axis=1).mean() - jax.nn.logsumexp(v, axis=1).mean()
-
-    def potential(self, epsilon: Array) -> MixturePotential:
-        spread = jnp.exp(jnp.clip(self.logs, _SMALLEST, _LARGEST))
-        return MixturePotential(self.weights / epsilon, self.centres, spread, epsilon)
-
-
-class _Full(eqx.Module):
-    """Log weights times epsilon, centres, and the lower factor of S with its diagonal as logarithms."""
-
-    weights: Array
-    centres: Array
-    logs: Array
-    lower: Array
-
-    @classmethod
-    def start(cls, centres: Array, spread: float, epsilon: Array) -> "_Full":
-        base = _Diagonal.start(centres, spread, epsilon)
-        K, d = centres.shape
-        return cls(base.weights, centres, base.logs / 2, jnp.zeros((K, d, d), centres.dtype))
-
-    def _factor(self) -> tuple[Array, Array]:
-        logs = jnp.clip(self.logs, _SMALLEST / 2, _LARGEST / 2)
-        return jnp.tril(self.lower, -1) + jax.vmap(jnp.diag)(jnp.exp(logs)), logs
-
-    def loss(self, x: Array, y: Array, epsilon: Array) -> Array:
-        factor, logs = self._factor()
-        weights = self.weights / epsilon
-        turned = jnp.einsum("bd,kde->bke", x, factor)
-        c = weights + ((turned**2).sum(axis=-1) / 2 + x @ self.centres.T) / epsilon
-        gap = jnp.swapaxes(y[:, None] - self.centres, 0, 1)
-        # K small inverses and a product are many times faster on a CPU than one solve for all rows.
-        eye = jnp.broadcast_to(jnp.eye(x.shape[1], dtype=x.dtype), factor.shape)
-        inverse = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-        solved = gap @ inverse.mT
-        v = weights - logs.sum(axis=1) - (solved**2).sum(axis=-1).T / (2 * epsilon)
-        return jax.nn.logsumexp(c, axis=1).mean() - jax.nn.logsumexp(v, axis=1).mean()
-
-    def potential(self, epsilon: Array) -> MixturePotential:
-        factor, _ = self._factor()
-        spread, basis = jnp.linalg.eigh(factor @ factor.mT)
-        return MixturePotential(self.weights / epsilon, self.centres, jnp.maximum(spread, 0), epsilon, basis)
-
-
-def _train(
-    params: Any,
-    x: Array,
-    y: Array,
-    epsilon: Array,
-    optim: optax.GradientTransformation,
-    size: Array,
-    steps: int,
-    batch_size: int,
-    key: PRNGKeyArray,
-    wanted: bool,
-) -> tuple[Any, Array]:
-    """The last parameters, moved by ``size`` times what ``optim`` says, and the mean loss of each chunk of steps."""
-    length = -(-steps // min(_CHUNKS, steps))
-    bounds = [(a, min(a + length, steps)) for a in range(0, steps, length)]
-    bar, state, losses = make_progress(wanted, steps, 0), optim.init(params), []
-    try:
-        for first, last in bounds:
-            params, state, loss = _chunk(
-                params, state, x, y, epsilon, size, key, jnp.asarray(first), last - first, batch_size, optim.update
-            )
-            losses.append(loss)
-            if wanted:
-                bar.update(last, float(loss))
-    finally:
-        bar.close()
-    return params, jnp.stack(losses)
-
-
-@eqx.filter_jit
-def _chunk(
-    params: Any,
-    state: Any,
-    x: Array,
-    y: Array,
-    epsilon: Array,
-    size: Array,
-    key: PRNGKeyArray,
-    first: Array,
-    count: int,
-    batch_size: int,
-    update: Callable,
-) -> tuple[Any, Any, Array]:
-    def one(carry: tuple[Any, Any], step: Array) -> tuple[tuple[Any, Any], Array]:
-        params, state = carry
-        for_x, for_y = jr.split(jr.fold_in(key, step))
-        rows = jr.randint(for_x, (batch_size,), 0, len(x)), jr.randint(for_y, (batch_size,), 0, len(y))
-        value, grads = jax.value_and_grad(lambda p: p.loss(x[rows[0]], y[rows[1]], epsilon))(params)
-        moves, state = update(grads, state, params)
-        moves = jax.tree.map(lambda move: size * move, moves)
-        return (optax.apply_updates(params, moves), state), value
-
-    (params, state), values = jax.lax.scan(one, (params, state), first + jnp.arange(count))
-    return params, state, values.mean()

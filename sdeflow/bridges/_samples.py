@@ -34,8 +34,8 @@ def prepared(
             raise ValueError(f"epsilon must be positive and finite, got {epsilon}.")
         sigma = jnp.sqrt(jnp.asarray(epsilon, x0.dtype) / (jnp.asarray(t1, x0.dtype) - t0))
         reference = BrownianMotion(x0.shape[1], sigma)
-    elif reference.b.shape != x0.shape[1:]:
-        raise ValueError(f"the reference has {reference.b.shape[0]} components and the samples {x0.shape[1]}.")
+    elif reference.dim != x0.shape[1]:
+        raise ValueError(f"the reference has {reference.dim} components and the samples {x0.shape[1]}.")
     clock = Clock(reference, t0, t1)
     clock = clock.around(clock.end(x1).mean(axis=0))
     return clock, clock.start(x0), clock.end(x1)

@@ -1,6 +1,7 @@
 """Data for training: irregular time series, snapshots of populations, and what reads and writes them."""
 
 from ._batch import SeriesBatch as SeriesBatch
+from ._growth import growth_weights as growth_weights
 from ._protocols import HeldOut as HeldOut
 from ._protocols import leave_one_out as leave_one_out
 from ._protocols import msci_setups as msci_setups

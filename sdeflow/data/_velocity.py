@@ -105,7 +105,15 @@ def write_velocity(
         raise ValueError(f"{source(rep)} has {cells.shape[1]} components, but like has {dim}.")
     velocity = np.full(cells.shape, np.nan, cells.dtype)
     inside = cells[known][:, :dim] if like is None else (cells[known][:, :dim] - like.shift) / like.scale
-    found = _evaluate(getattr(bridge, kind), when[known], inside, isinstance(bridge, eqx.Module))
+    try:
+        found = evaluate(getattr(bridge, kind), when[known], inside)
+    except (TypeError, ValueError) as error:
+        # The error is the bridge's own, which may name an option of it; shapes are the likeliest fault of ours.
+        error.add_note(
+            f"The bridge was given cells of {dim} components; if it was fitted to fewer, give like=, the snapshots "
+            "that it was fitted to."
+        )
+        raise
     advice = "a bridge between samples has no drift at its end: give latest=, a time a little before it"
     check_finite(found, f"the bridge's {kind}", np.flatnonzero(known), advice)
     velocity[np.ix_(known, np.arange(dim))] = found if like is None else found * like.scale
@@ -169,26 +177,22 @@ def _velocities(field: Callable[..., Any], t: jax.Array, x: jax.Array) -> jax.Ar
     return jax.vmap(field)(t, x)
 
 
-def _evaluate(field: Callable[..., Any], when: np.ndarray, cells: np.ndarray, is_module: bool) -> np.ndarray:
-    """The field at each cell, block by block with one compiled program, padded by repeats of the last cell."""
+def evaluate(field: Callable[..., Any], when: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """A field of time and one state at each cell, block by block with one compiled program.
+
+    Raises:
+        ValueError: if what it gives is not like a state.
+    """
     # What jit remembers of an object that is no module is the object itself, which may have changed since.
-    fresh = field if is_module else lambda t, x: field(t, x)
+    fresh: Any = field if isinstance(field, eqx.Module) else lambda t, x: field(t, x)
     size = min(_BLOCK, len(cells))
     found = []
     for start in range(0, len(cells), size):
+        # Blocks are padded by repeats of the last cell.
         rows = np.minimum(np.arange(start, start + size), len(cells) - 1)
-        t, x = jnp.asarray(when[rows], dtype=float), jnp.asarray(cells[rows], dtype=float)
-        try:
-            block = np.asarray(_velocities(fresh, t, x))
-        except (TypeError, ValueError) as error:
-            # The error is the bridge's own, which may name an option of it; shapes are the likeliest fault of ours.
-            error.add_note(
-                f"The bridge was given cells of {x.shape[1]} components; if it was fitted to fewer, give like=, the "
-                "snapshots that it was fitted to."
-            )
-            raise
-        if block.shape != x.shape:
-            raise ValueError(f"The bridge gives {block.shape[1:]} for a cell of shape {x.shape[1:]}; give like=.")
+        block = np.asarray(_velocities(fresh, jnp.asarray(when[rows], dtype=float), jnp.asarray(cells[rows], float)))
+        if block.shape != cells[rows].shape:
+            raise ValueError(f"The field gives {block.shape[1:]} for a cell of shape {cells.shape[1:]}.")
         found.append(block[: len(cells) - start])
     return np.concatenate(found)
 

@@ -200,6 +200,12 @@ class Thresholded(AbstractDenoiser):
 
     Raises:
         ValueError: for a quantile outside of [0, 1] or a bound that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp, sdeflow as sf
+        >>> far = sf.diffusion.Denoiser(lambda t, x, args: 9 + 0 * x, sf.diffusion.VP(), prediction="data")
+        >>> sf.diffusion.Thresholded(far).predict("data", 0.5, jnp.zeros(2)).tolist()
+        [1.0, 1.0]
     """
 
     denoiser: AbstractDenoiser

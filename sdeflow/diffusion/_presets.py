@@ -35,6 +35,11 @@ def DEIS(  # noqa: N802
 
     Raises:
         ValueError: for another order or coordinate.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> sf.diffusion.DEIS(2, "rho")
+        Multistep(order=2, reads='noise', coordinate='rho', lower_order_final=False)
     """
     if coordinate not in ("t", "rho"):
         raise ValueError(f'coordinate must be "t" or "rho", got {coordinate!r}.')
@@ -57,6 +62,11 @@ def DPMSolver(  # noqa: N802
 
     Raises:
         ValueError: for another order or kind of steps.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> sf.diffusion.DPMSolver(3, steps="single")
+        Singlestep(order=3)
     """
     return _lu("noise", order, steps, lower_order_final, 0.0)
 
@@ -79,6 +89,11 @@ def DPMSolverPP(  # noqa: N802
 
     Raises:
         ValueError: for another order or kind of steps.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> sf.diffusion.DPMSolverPP(2, tau=1.0).tau
+        1.0
     """
     return _lu("data", order, steps, lower_order_final, tau)
 
@@ -97,6 +112,11 @@ def UniPC(  # noqa: N802
 
     Raises:
         ValueError: for another order.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> sf.diffusion.UniPC(2).corrector
+        True
     """
     return Multistep(order, reads, half=True, corrector=True, lower_order_final=lower_order_final)
 
@@ -109,6 +129,11 @@ def iPNDM(order: int = 4) -> Multistep:  # noqa: N802
 
     Raises:
         ValueError: for another order.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> sf.diffusion.iPNDM(2).uniform
+        True
     """
     return Multistep(order, "noise", uniform=True)
 

@@ -110,6 +110,11 @@ class SubVP(AbstractSchedule, _LinearRate):
 
     Raises:
         ValueError, TypeError: as `VP`.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.SubVP().sigma(1.0)), 5)
+        0.99996
     """
 
     beta_min: float = eqx.field(default=0.1, static=True)
@@ -145,6 +150,11 @@ class Cosine(_Preserving):
 
     Raises:
         ValueError: for a negative offset, or times that are not ordered or reach 1.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.Cosine().alpha(0.5)), 3)
+        0.703
     """
 
     offset: float = eqx.field(default=0.008, static=True)
@@ -198,6 +208,11 @@ class VE(AbstractSchedule):
 
     Raises:
         ValueError: for noise that is not positive or does not grow, and times that are not ordered.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.VE().sigma(0.5)), 4)
+        0.7071
     """
 
     sigma_min: float = eqx.field(default=0.01, static=True)
@@ -235,6 +250,11 @@ class EDM(AbstractSchedule):
 
     Raises:
         ValueError: for times that are not ordered.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.EDM().log_snr(1.0)), 4)
+        0.0
     """
 
     t_min: float = eqx.field(default=0.002, static=True)
@@ -268,6 +288,11 @@ class Flow(AbstractSchedule):
 
     Raises:
         ValueError: for times that are not ordered or reach 1.
+
+    Example:
+        >>> import sdeflow as sf
+        >>> round(float(sf.diffusion.Flow().t_of_log_snr(0.0)), 4)
+        0.5
     """
 
     t_min: float = eqx.field(default=1e-3, static=True)
@@ -306,6 +331,11 @@ class Tabulated(_Preserving):
     Raises:
         ValueError: for rates that do not lie between 0 and 1, and times that are not ordered.
         TypeError: for traced rates.
+
+    Example:
+        >>> import numpy as np, sdeflow as sf
+        >>> sf.diffusion.Tabulated(np.linspace(1e-4, 0.02, 1000))
+        Tabulated(1000 betas from 0.0001 to 0.02)
     """
 
     betas: tuple[float, ...] = eqx.field(static=True)
@@ -363,6 +393,12 @@ class MeanReverting(AbstractSchedule):
     Raises:
         TypeError: if the schedule is none.
         ValueError: for a scale that is not positive, or a schedule with a mean of its own.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sdeflow as sf
+        >>> around = sf.diffusion.MeanReverting(sf.diffusion.VP(), jnp.full(3, 5.0), scale=0.1)
+        >>> bool(abs(around.sample_prior((3,), key=jax.random.key(0)) - 5).max() < 0.5)
+        True
     """
 
     schedule: AbstractSchedule

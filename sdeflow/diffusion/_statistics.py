@@ -128,6 +128,14 @@ def model_statistics(
 
     Raises:
         ValueError: for fewer than two starts, or a large state without a key.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sdeflow as sf
+        >>> vp = sf.diffusion.VP()
+        >>> net = sf.diffusion.Denoiser(lambda t, x, args: jnp.tanh(x), vp)
+        >>> starts = jax.random.normal(jax.random.key(0), (16, 2))
+        >>> sf.diffusion.model_statistics(net, starts, num_cells=20).l.shape
+        (21, 2)
     """
     check_denoiser(denoiser)
     x_T = jnp.asarray(x_T)

@@ -38,6 +38,13 @@ class DPMSolverV3(AbstractSampler):
     Raises:
         TypeError: for what are no statistics.
         ValueError: for another order.
+
+    Example:
+        >>> import numpy as np, sdeflow as sf
+        >>> knots, one = np.array([-6.0, 6.0]), np.ones((2, 3))
+        >>> as_data = sf.diffusion.DPMSolverV3(sf.diffusion.Statistics(knots, one, 0 * one, 0 * one), 2)
+        >>> as_data.order
+        2
     """
 
     statistics: Statistics

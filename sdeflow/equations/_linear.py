@@ -8,9 +8,11 @@ They come from Taylor series at D / 2^k, doubled k times by Phi <- Phi^2, c <- c
 carries Phi - 1 rather than Phi, so that short times keep all their digits in float32, and no growing exponential
 occurs for a stable A, as it does in the usual block matrix of Van Loan (1978). The stationary law of a stable A is the
 same doubling carried on until Phi is gone: it solves A P + P A' + L L' = 0 with O(d^3) work and no cancellation.
+Coefficients that depend on time are integrated in `_varying`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -23,12 +25,14 @@ from jaxtyping import Array, Float, PyTree
 from .._compat import is_concrete
 from ._equation import AbstractEquation
 from ._observed import observed
+from ._varying import laws_to_end
 
 _TERMS = 12  # Taylor terms; Q, whose series runs in 2 |A| D <= 1/2, leaves out less than 4e-14 of itself.
 _DOUBLINGS = 40
 # Some accelerators would round the factors of a product of float32 to half of their digits.
 _precise = functools.partial(jax.default_matmul_precision, "highest")
 _NOT_STABLE = "{} has no stationary law: pass initial=(mean, covariance), the law of the state at ts[0]."
+_PIECES = 32
 
 
 def _as_float(x: Any) -> Array:
@@ -36,13 +40,27 @@ def _as_float(x: Any) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
+def _value(x: Any, t: Any) -> Array:
+    return _as_float(x(t)) if callable(x) else x
+
+
+def _shapes(*coefficients: Any) -> list[jax.ShapeDtypeStruct]:
+    time = jax.ShapeDtypeStruct((), jnp.result_type(float))
+    return [jax.eval_shape(lambda t, x=x: _value(x, t), time) for x in coefficients]
+
+
 class LinearSDE(AbstractEquation):
-    """dX = (A X + b) dt + L dW with constant A (d, d), b (d,) and L (d, m); its noise is additive.
+    """dX = (A X + b) dt + L dW with A (d, d), b (d,) and L (d, m), constant or functions of time; additive noise.
+
+    Where one of them depends on time, what is exact otherwise is integrated: to about 1e-13 if A, b and L are smooth,
+    and refused if they vary too fast for ``pieces``.
 
     Arguments:
-        A: shape (d, d).
-        b: shape (d,).
-        L: shape (d, m), from the m noises to the state.
+        A: shape (d, d), or a function of t that returns it, written in jax; an `equinox.Module` can be trained.
+        b: shape (d,), or a function of t.
+        L: shape (d, m), from the m noises to the state, or a function of t.
+        pieces: into how many an interval is divided to integrate what depends on time. Each can hold a quarter of an
+            oscillation, and |A| times its length must stay below 1.8.
 
     Raises:
         ValueError: if the shapes disagree.
@@ -53,31 +71,67 @@ class LinearSDE(AbstractEquation):
         >>> phi, c, q = sf.equations.LinearSDE(rotation, jnp.zeros(2), jnp.eye(2)).transition(0.0, 2.0)
         >>> [round(float(x), 4) for x in (phi[0, 0], phi[0, 1], q[0, 0])]
         [-0.4161, 0.9093, 2.0]
+        >>> growing = sf.equations.LinearSDE(-jnp.eye(2), jnp.zeros(2), lambda t: jnp.exp(t) * jnp.eye(2))
+        >>> round(float(growing.transition(0.0, 1.0)[2][0, 0]), 4)  # (e^2 - e^-2) / 4
+        1.8134
     """
 
-    A: Float[Array, "d d"]
-    b: Float[Array, " d"]
-    L: Float[Array, "d m"]
+    A: Float[Array, "d d"] | Callable
+    b: Float[Array, " d"] | Callable
+    L: Float[Array, "d m"] | Callable
+    pieces: int = eqx.field(default=_PIECES, init=False, static=True)
     interpretation: str = eqx.field(default="ito", init=False, static=True)
     additive: bool = eqx.field(default=True, init=False, static=True)
 
-    def __init__(self, A: Any, b: Any, L: Any):
-        self.A, self.b, self.L = _as_float(A), _as_float(b), _as_float(L)
-        self.interpretation, self.additive = "ito", True
-        d = self.b.shape[0] if self.b.ndim == 1 else -1
-        if self.A.shape != (d, d) or self.L.ndim != 2 or self.L.shape[0] != d:
+    def __init__(self, A: Any, b: Any, L: Any, *, pieces: int = _PIECES):
+        self.A, self.b, self.L = (x if callable(x) else _as_float(x) for x in (A, b, L))
+        self.pieces, self.interpretation, self.additive = pieces, "ito", True
+        A, b, L = _shapes(self.A, self.b, self.L)
+        d = b.shape[0] if b.ndim == 1 else -1
+        if A.shape != (d, d) or L.ndim != 2 or L.shape[0] != d:
             raise ValueError(
-                f"A, b and L must have shapes (d, d), (d,) and (d, m), got {self.A.shape}, {self.b.shape} and "
-                f"{self.L.shape}."
+                f"A, b and L must have shapes (d, d), (d,) and (d, m), got {A.shape}, {b.shape} and {L.shape}."
             )
+        if isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 1:
+            raise ValueError(f"pieces must be a positive integer, got {pieces!r}.")
+
+    @property
+    def dim(self) -> int:
+        """d, the number of components."""
+        return _shapes(self.b)[0].shape[0]
+
+    @property
+    def dtype(self) -> Any:
+        """The precision of the coefficients together."""
+        return jnp.result_type(*(x.dtype for x in _shapes(self.A, self.b, self.L)))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether none of A, b and L is a function of time."""
+        return not any(callable(x) for x in (self.A, self.b, self.L))
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether A and L are known to be diagonal, so that components do not mix."""
+        return False
+
+    def coefficients(self, t: Any) -> tuple[Array, Array, Array]:
+        """A, b and L at a time."""
+        A, b, L = (_value(x, t) for x in (self.A, self.b, self.L))
+        return A, b, L
+
+    def diagonals(self, t: Any) -> tuple[Array, Array, Array]:
+        """The diagonal of A, b, and the diagonal of L at a time: all that counts where `is_diagonal`."""
+        A, b, L = self.coefficients(t)
+        return jnp.diagonal(A), b, jnp.diagonal(L)
 
     def drift(self, t: Any, y: PyTree, args: Any) -> PyTree:
         """A y + b."""
-        return self.A.astype(y.dtype) @ y + self.b.astype(y.dtype)
+        return _value(self.A, t).astype(y.dtype) @ y + _value(self.b, t).astype(y.dtype)
 
     def diffusion(self, t: Any, y: PyTree, args: Any) -> Any:
         """L, an operator from m noises to the state."""
-        return lx.MatrixLinearOperator(self.L.astype(y.dtype))
+        return lx.MatrixLinearOperator(_value(self.L, t).astype(y.dtype))
 
     def transition(self, s: Any, t: Any) -> tuple[Array, Array, Array]:
         """The law of X(t) given X(s) = x is normal with mean Phi x + c and covariance Q.
@@ -86,10 +140,18 @@ class LinearSDE(AbstractEquation):
             s, t: times, s <= t.
 
         Returns:
-            Phi (d, d), c (d,), Q (d, d).
+            Phi (d, d), c (d,), Q (d, d). In a trace they are NaN where coefficients vary too fast for ``pieces``.
+
+        Raises:
+            ValueError: called eagerly, if coefficients vary too fast.
         """
         with _precise():
-            return _transition(self.A, self.b, self.L @ self.L.T, jnp.asarray(t) - jnp.asarray(s))
+            if not self.is_constant:
+                s, t = jnp.asarray(s, self.dtype), jnp.asarray(t, self.dtype)
+                phi, c, q = laws_to_end(self.coefficients, s, t - s, self.pieces)
+                return phi[0], c[0], q[0]
+            A, b, L = self.coefficients(s)
+            return _transition(A, b, L @ L.T, jnp.asarray(t) - jnp.asarray(s))
 
     def bridge(self, s: Any, t: Any, u: Any) -> tuple[Array, Array, Array, Array]:
         """The law of X(t) given X(s) = x and X(u) = z, for s <= t <= u.
@@ -103,7 +165,7 @@ class LinearSDE(AbstractEquation):
             # The gain of seeing X(u): cov(X(t), X(u)) cov(X(u))^-1 given X(s). It is 0 at t = s and 1 at t = u.
             total = phi2 @ q1 @ phi2.T + q2
             gain = jnp.linalg.solve(total, phi2 @ q1).T
-            keep = jnp.eye(self.b.shape[0], dtype=gain.dtype) - gain @ phi2
+            keep = jnp.eye(len(c1), dtype=gain.dtype) - gain @ phi2
             # Joseph's form stays symmetric and positive near both ends.
             covariance = keep @ q1 @ keep.T + gain @ q2 @ gain.T
             return keep @ phi1, gain, keep @ c1 - gain @ c2, covariance
@@ -115,14 +177,18 @@ class LinearSDE(AbstractEquation):
             The mean (d,) and P (d, d). NaN where A is traced and has no such law.
 
         Raises:
-            ValueError: if A is known and an eigenvalue of it does not lie left of the imaginary axis.
+            ValueError: if A is known and an eigenvalue of it does not lie left of the imaginary axis, or if A, b or L
+                depends on time.
         """
+        if not self.is_constant:
+            raise ValueError(_NOT_STABLE.format(f"{type(self).__name__} that depends on time"))
         if is_concrete(self.A):
-            A = np.asarray(self.A, np.float64)
-            if np.linalg.eigvals(A).real.max() >= -8 * np.finfo(np.float64).eps * np.abs(A).max():
+            known = np.asarray(self.A, np.float64)
+            if np.linalg.eigvals(known).real.max() >= -8 * np.finfo(np.float64).eps * np.abs(known).max():
                 raise ValueError(_NOT_STABLE.format(type(self).__name__))
         with _precise():
-            return _stationary(self.A, self.b, self.L @ self.L.T)
+            A, b, L = self.coefficients(0.0)
+            return _stationary(A, b, L @ L.T)
 
     def log_prob(
         self,
@@ -249,14 +315,46 @@ def _stationary(A: Array, b: Array, noise: Array) -> tuple[Array, Array]:
     return jnp.where(gone, mean, jnp.nan), jnp.where(gone, P, jnp.nan)
 
 
-def _per_dimension(dim: int, sigma: Any) -> Array:
-    """One sigma for each of ``dim`` dimensions."""
+def _dimension(dim: int) -> int:
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
         raise ValueError(f"dim must be a positive integer, got {dim!r}.")
-    sigma = _as_float(sigma)
-    if sigma.shape not in ((), (dim,)):
-        raise ValueError(f"sigma must be a scalar or of shape ({dim},), got {sigma.shape}.")
-    return jnp.broadcast_to(sigma, (dim,))
+    return dim
+
+
+def _per_dimension(dim: int, sigma: Any) -> Any:
+    """One sigma for each of ``dim`` dimensions; a function of time stays what it is."""
+    sigma = sigma if callable(sigma) else _as_float(sigma)
+    (shape,) = (x.shape for x in _shapes(sigma))
+    if shape not in ((), (_dimension(dim),)):
+        raise ValueError(f"sigma must be a scalar or of shape ({dim},), got {shape}.")
+    return sigma if callable(sigma) else jnp.broadcast_to(sigma, (dim,))
+
+
+class _Made(eqx.Module):
+    """A coefficient that a subclass makes out of its own parameters, some of which depend on time."""
+
+    make: Callable = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
+    parameters: tuple
+
+    def __call__(self, t: Any) -> Array:
+        return self.make(self.dim, *(_value(x, t) for x in self.parameters))
+
+
+def _made(make: Callable, dim: int, *parameters: Any) -> Any:
+    return _Made(make, dim, parameters) if any(map(callable, parameters)) else make(dim, *parameters)
+
+
+def _matrix(d: int, x: Array) -> Array:
+    return x if x.ndim == 2 else jnp.diag(jnp.broadcast_to(x, (d,)))
+
+
+def _rate(d: int, theta: Array) -> Array:
+    return -_matrix(d, theta)
+
+
+def _pull(d: int, theta: Array, mean: Array) -> Array:
+    return _matrix(d, theta) @ jnp.broadcast_to(mean, (d,))
 
 
 class BrownianMotion(LinearSDE):
@@ -264,7 +362,8 @@ class BrownianMotion(LinearSDE):
 
     Arguments:
         dim: the number of dimensions, a positive integer.
-        sigma: scalar or shape (dim,).
+        sigma: scalar or shape (dim,), or a function of time.
+        pieces: as in `LinearSDE`.
 
     Raises:
         ValueError: if ``dim`` is not a positive integer or ``sigma`` does not broadcast to (dim,).
@@ -275,9 +374,16 @@ class BrownianMotion(LinearSDE):
         [[1.0, 0.0], [0.0, 1.0]]
     """
 
-    def __init__(self, dim: int, sigma: Any = 1.0):
+    def __init__(self, dim: int, sigma: Any = 1.0, *, pieces: int = _PIECES):
         size = _per_dimension(dim, sigma)
-        super().__init__(jnp.zeros((dim, dim), size.dtype), jnp.zeros(dim, size.dtype), jnp.diag(size))
+        (dtype,) = (x.dtype for x in _shapes(size))
+        zero = jnp.zeros(dim, dtype)
+        super().__init__(jnp.diag(zero), zero, _made(_matrix, dim, size), pieces=pieces)
+
+    @property
+    def is_diagonal(self) -> bool:
+        """True."""
+        return True
 
     def drift(self, t: Any, y: PyTree, args: Any) -> PyTree:
         """Zero."""
@@ -285,7 +391,7 @@ class BrownianMotion(LinearSDE):
 
     def diffusion(self, t: Any, y: PyTree, args: Any) -> Any:
         """Sigma, as diagonal noise; a batch of states (..., dim) is allowed."""
-        return jnp.broadcast_to(jnp.diagonal(self.L).astype(y.dtype), y.shape)
+        return jnp.broadcast_to(jnp.diagonal(_value(self.L, t)).astype(y.dtype), y.shape)
 
     def stationary(self) -> tuple[Array, Array]:
         """There is none: a ValueError."""
@@ -295,12 +401,14 @@ class BrownianMotion(LinearSDE):
 class OrnsteinUhlenbeck(LinearSDE):
     """dX = theta (mean - X) dt + sigma dW, elementwise for scalar or vector theta and sigma.
 
-    Its law: mean + (x - mean) exp(-theta t), and variance sigma^2 (1 - exp(-2 theta t)) / (2 theta) per dimension.
+    Its law: mean + (x - mean) exp(-theta t), and variance sigma^2 (1 - exp(-2 theta t)) / (2 theta) per dimension. Each
+    of the three may be a function of time, as in the diffusion models' ``theta = beta(t) / 2, sigma = sqrt(beta(t))``.
 
     Arguments:
-        theta: scalar, shape (d,), or a matrix (d, d).
-        mean: scalar or shape (d,).
-        sigma: scalar, shape (d,), or a matrix (d, m).
+        theta: scalar, shape (d,), or a matrix (d, d); or a function of time.
+        mean: scalar or shape (d,); or a function of time.
+        sigma: scalar, shape (d,), or a matrix (d, m); or a function of time.
+        pieces: as in `LinearSDE`.
 
     Raises:
         ValueError: if the shapes do not broadcast.
@@ -312,35 +420,38 @@ class OrnsteinUhlenbeck(LinearSDE):
         [0.135335, 0.864665, 0.061355]
     """
 
-    theta: Array
-    mean: Array
-    sigma: Array
+    theta: Array | Callable
+    mean: Array | Callable
+    sigma: Array | Callable
 
-    def __init__(self, theta: Any, mean: Any = 0.0, sigma: Any = 1.0):
-        theta, mean, sigma = _as_float(theta), _as_float(mean), _as_float(sigma)
+    def __init__(self, theta: Any, mean: Any = 0.0, sigma: Any = 1.0, *, pieces: int = _PIECES):
+        theta, mean, sigma = (x if callable(x) else _as_float(x) for x in (theta, mean, sigma))
         self.theta, self.mean, self.sigma = theta, mean, sigma
+        shapes = [x.shape for x in _shapes(theta, mean, sigma)]
         try:
-            vectors = [x if x.ndim < 2 else x[:, 0] for x in (theta, mean, sigma)]
-            (d,) = jnp.broadcast_shapes(*(v.shape for v in vectors), (1,))
+            (d,) = jnp.broadcast_shapes(*(x if len(x) < 2 else x[:1] for x in shapes), (1,))
         except ValueError as error:
             raise ValueError(
-                "theta, mean and sigma must broadcast to one dimension, got "
-                f"{theta.shape}, {mean.shape} and {sigma.shape}."
+                f"theta, mean and sigma must broadcast to one dimension, got {shapes[0]}, {shapes[1]} and {shapes[2]}."
             ) from error
-        matrix = lambda x: x if x.ndim == 2 else jnp.diag(jnp.broadcast_to(x, (d,)))
-        A = -matrix(theta)
-        super().__init__(A, -A @ jnp.broadcast_to(mean, (d,)), matrix(sigma))
+        d = int(d)
+        A, b, L = _made(_rate, d, theta), _made(_pull, d, theta, mean), _made(_matrix, d, sigma)
+        super().__init__(A, b, L, pieces=pieces)
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether neither theta nor sigma is a matrix."""
+        return all(len(x.shape) < 2 for x in _shapes(self.theta, self.sigma))
 
     def drift(self, t: Any, y: PyTree, args: Any) -> PyTree:
         """Theta (mean - y)."""
-        theta, gap = self.theta.astype(y.dtype), self.mean.astype(y.dtype) - y
+        theta, gap = _value(self.theta, t).astype(y.dtype), _value(self.mean, t).astype(y.dtype) - y
         return theta @ gap if theta.ndim == 2 else theta * gap
 
     def diffusion(self, t: Any, y: PyTree, args: Any) -> Any:
         """Sigma: diagonal noise unless sigma is a matrix."""
-        if self.sigma.ndim == 2:
-            return lx.MatrixLinearOperator(self.sigma.astype(y.dtype))
-        return jnp.broadcast_to(self.sigma.astype(y.dtype), y.shape)
+        sigma = _value(self.sigma, t).astype(y.dtype)
+        return lx.MatrixLinearOperator(sigma) if sigma.ndim == 2 else jnp.broadcast_to(sigma, y.shape)
 
 
 class Momentum(LinearSDE):

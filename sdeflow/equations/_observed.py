@@ -22,13 +22,15 @@ def observed(
     wanted: Wanted, equation: Any, ts: Any, ys: Any, mask: Any, obs_std: Any, observe: Any, initial: Any, t0: Any
 ) -> Any:
     """The log density of observations, or the law of the state at their times: see `LinearSDE.log_prob`."""
-    d = equation.b.shape[0]
+    d = equation.dim
     H = _operator(observe, d)
     ys, seen = _observations(ys, mask, np.shape(ts), H.shape[0])
     gaps = _gaps(ts, t0, seen)
+    # Where the coefficients depend on time it matters when a gap begins.
+    starts = jnp.zeros(seen.shape[0]) if equation.is_constant else jnp.asarray(ts) - gaps
     std = _deviations(obs_std, ys.ndim == 1, seen)
     start = equation.stationary() if isinstance(initial, str) and initial == "stationary" else _start(initial, d)
-    log_prob, moments = _run(equation, gaps, H, std, ys.reshape(seen.shape), seen, start, wanted)
+    log_prob, moments = _run(equation, starts, gaps, H, std, ys.reshape(seen.shape), seen, start, wanted)
     if is_concrete(log_prob) and not np.isfinite(log_prob):
         raise ValueError(
             "The density is not finite: something that is known exactly was observed without noise (pass obs_std > 0), "
@@ -40,14 +42,12 @@ def observed(
 # Compiled as a whole, so that a call outside of any trace does not build its loops anew.
 @eqx.filter_jit
 def _run(
-    equation: Any, gaps: Any, H: Any, std: Any, ys: Any, seen: Any, start: tuple[Any, Any], wanted: Wanted
+    equation: Any, starts: Any, gaps: Any, H: Any, std: Any, ys: Any, seen: Any, start: tuple[Any, Any], wanted: Wanted
 ) -> tuple[Array, Any]:
     # The equation and what was seen say which precision it is; a float of Python does not.
-    dtype = jnp.result_type(
-        equation.A, equation.b, equation.L, *([ys] if jnp.issubdtype(ys.dtype, jnp.floating) else [])
-    )
+    dtype = jnp.result_type(equation.dtype, *([ys] if jnp.issubdtype(ys.dtype, jnp.floating) else []))
     cast = lambda x: jnp.asarray(x, dtype)
-    laws = jax.vmap(lambda gap: equation.transition(jnp.zeros_like(gap), gap))(cast(gaps))
+    laws = jax.vmap(lambda start, gap: equation.transition(start, start + gap))(cast(starts), cast(gaps))
     R = jax.vmap(jnp.diag)(jnp.where(seen, cast(std), 0) ** 2)
     given = jax.tree_util.tree_map(cast, (laws, H, R, ys))
     start = jax.tree_util.tree_map(cast, start)

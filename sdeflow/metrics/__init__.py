@@ -5,8 +5,9 @@ averaged; both have the shape of ``y`` or of its leading axes. What is missing, 
 no gradient.
 
 Distances compare two clouds of points, ``x`` (n, D) and ``y`` (m, D), and each says its units and how it depends on
-how many points there are. ``wasserstein``, ``bw2_uvp`` and ``cbw2_uvp`` are for evaluation alone: they compute on the
-host in float64. ``sinkhorn`` is the solver of entropic transport that bridges use.
+how many points there are. ``wasserstein``, ``bw2_uvp`` and ``cbw2_uvp`` are for evaluation alone, as is
+``paired_difference``, which compares the scores of two methods: they compute on the host in float64. ``sinkhorn`` is
+the solver of entropic transport that bridges use.
 """
 
 from ._classes import accuracy as accuracy
@@ -20,6 +21,8 @@ from ._forecasts import crps as crps
 from ._forecasts import energy_score as energy_score
 from ._gaussians import bw2_uvp as bw2_uvp
 from ._gaussians import cbw2_uvp as cbw2_uvp
+from ._paired import PairedDifference as PairedDifference
+from ._paired import paired_difference as paired_difference
 from ._pairs import energy_distance as energy_distance
 from ._pairs import mmd as mmd
 from ._sinkhorn import sinkhorn as sinkhorn

@@ -21,10 +21,11 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ..paths._rows import both_ways
+from ._exponential_adams import ExponentialAdams
 from ._unrolled import unrolled, with_all_derivatives
 
 COUPLING = 0.999  # where nobody says how many steps there will be
-_NOT_ONE_STEP = (diffrax.AbstractImplicitSolver, diffrax.ReversibleHeun, diffrax.LeapfrogMidpoint)
+_NOT_ONE_STEP = (diffrax.AbstractImplicitSolver, diffrax.ReversibleHeun, diffrax.LeapfrogMidpoint, ExponentialAdams)
 
 
 class McCallumFoster(diffrax.AbstractWrappedSolver):

@@ -51,7 +51,7 @@ def flow(schedule, x, s, t):
     return mean + a1 * M + stretch * (np.asarray(x) - mean - a0 * M)
 
 
-@pytest.mark.parametrize("name", ["VP", "EDM", "Flow", "MeanReverting"])
+@pytest.mark.parametrize("name", ["EDM", "Flow", "MeanReverting"])
 def test_the_ordinary_equation_has_its_closed_form(name):
     schedule = SCHEDULES[name]
     ts = np.array([0.9 * schedule.t_max, max(schedule.t_min, 0.05 * schedule.t_max)])
@@ -73,21 +73,22 @@ def test_drifts_are_finite_where_samplers_end(name):
     assert bool(jnp.isfinite(ReverseSDE(normal(schedule)).diffusion(schedule.t_max, x, None)).all())
 
 
-@pytest.mark.parametrize(
-    ("steps", "mean", "variance"), [(50, 0.80971, 0.30965), (100, 0.80485, 0.30461), (1000, 0.80044, 0.30051)]
-)
-def test_euler_maruyama_has_its_known_moments(steps, mean, variance):
+def test_euler_maruyama_has_its_known_moments():
     # An Euler step is affine in the state: its moments follow from the drift at 0 and at 1.
     equation = ReverseSDE(normal(VP()))
-    ts = np.linspace(1.0, 1e-3, steps + 1)
-    at = jax.vmap(lambda t, y: equation.drift(t, y, None), (0, None))
-    zero, one = (np.asarray(at(jnp.asarray(ts[:-1]), jnp.asarray(y))) for y in (0.0, 1.0))
-    size = np.asarray(jax.vmap(lambda t: equation.diffusion(t, jnp.asarray(0.0), None))(jnp.asarray(ts[:-1])))
-    m, v = 0.0, 1.0
-    for h, f0, f1, g in zip(np.diff(ts), zero, one, size):
-        m, v = m + h * (f0 + (f1 - f0) * m), v * (1 + h * (f1 - f0)) ** 2 - h * g**2
-    assert m == pytest.approx(mean, abs=6e-6)
-    assert v == pytest.approx(variance, abs=6e-6)
+
+    @jax.jit
+    def moments(ts):
+        def step(carry, row):
+            (m, v), (t, h) = carry, row
+            f0, f1 = (equation.drift(t, jnp.asarray(y), None) for y in (0.0, 1.0))
+            g = equation.diffusion(t, jnp.asarray(0.0), None)
+            return (m + h * (f0 + (f1 - f0) * m), v * (1 + h * (f1 - f0)) ** 2 - h * g**2), None
+
+        return jax.lax.scan(step, (0.0, 1.0), (ts[:-1], jnp.diff(ts)))[0]
+
+    for steps, mean, variance in ((50, 0.80971, 0.30965), (100, 0.80485, 0.30461), (1000, 0.80044, 0.30051)):
+        np.testing.assert_allclose(moments(jnp.linspace(1.0, 1e-3, steps + 1)), [mean, variance], atol=6e-6)
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
@@ -121,8 +122,8 @@ def test_the_euler_steps_on_the_mixture_have_their_known_digits():
         assert float(f"{gmm.rms(sol.final, gmm.reference()):.3g}") == pytest.approx(wanted, rel=0.006)
 
 
-@pytest.mark.parametrize("order", [1, 3])
-def test_exponential_adams_takes_the_steps_of_the_samplers(order):
+def test_exponential_adams_takes_the_steps_of_the_samplers():
+    order = 3
     x, denoiser = jnp.asarray(gmm.starts(32)), gmm.denoiser()
     equation = ProbabilityFlow(denoiser).reparametrised()
     ls = np.linspace(*VP().log_snr(np.array([1.0, 1e-3])), 21)

@@ -1,8 +1,5 @@
 """Sinkhorn: Gaussian and two-point closed forms, other solvers, derivatives, rounding, and bad input."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import equinox as eqx
@@ -11,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers.processes import last_number
 from helpers.stats import assert_mean
 
 import sdeflow as sf
@@ -452,19 +450,11 @@ print(len(shared.sharding.device_set))
 """
 
 
-def run(program, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return float(done.stdout.split()[-1])
-
-
 @pytest.mark.slow
 def test_twenty_thousand_points_a_side_fit_in_memory():
-    assert run(_BIG) < 2
+    assert last_number(_BIG) < 2
 
 
 @pytest.mark.slow
 def test_four_devices_find_what_one_finds():
-    assert run(_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=4") == 4
+    assert last_number(_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=4") == 4

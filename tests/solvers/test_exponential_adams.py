@@ -119,3 +119,8 @@ def test_single_precision():
 def test_bad_orders(order):
     with pytest.raises(ValueError, match="order"):
         ExponentialAdams(order)
+
+
+def test_it_is_no_one_step_method():
+    with pytest.raises(ValueError, match="not an explicit one-step"):
+        sf.solvers.McCallumFoster(ExponentialAdams())

@@ -1,8 +1,7 @@
-"""The jobs of ``python -m sdeflow demo``: each yields the sentences to print and leaves a figure behind."""
+"""The job "series": classify real speech of which half is missing."""
 
-import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from . import plotting
-from .data import SeriesBatch, TimeSeries, japanese_vowels, simulated_series
-from .models import NeuralLangevinSDE, SeriesModel, Thinned
-from .training import CrossEntropy, FitResult, fit
+from .. import plotting
+from ..data import SeriesBatch, TimeSeries, japanese_vowels, simulated_series
+from ..models import NeuralLangevinSDE, SeriesModel, Thinned
+from ..training import CrossEntropy, FitResult, fit
+from ._ending import finished
 
 _SHOWN_CLASSES = 3
 _SHOWN_SERIES = 4
@@ -55,15 +55,7 @@ def series(out: Path, *, seed: int = 2, quick: bool = False) -> Iterator[str]:
         f"observed: {share(nearest_centroid(fitting, test)):.3f}."
     )
     path = out / "series.png"
-    ending = f"The figure: {path}"
-    if importlib.util.find_spec("matplotlib") is None:
-        ending = 'No figure was drawn, for matplotlib is missing: pip install "sdeflow[plot]".'
-    else:
-        _draw(fitted, test, path, for_test)
-    yield f"Done in {time.perf_counter() - start:.0f} s. {ending}"
-
-
-JOBS: dict[str, Callable[..., Iterator[str]]] = {"series": series}
+    yield finished(start, path, lambda: _draw(fitted, test, path, for_test))
 
 
 def nearest_centroid(train: TimeSeries, test: TimeSeries) -> Int[np.ndarray, " N"]:
