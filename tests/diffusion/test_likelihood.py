@@ -4,6 +4,7 @@ import functools
 import math
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -63,23 +64,22 @@ def points(count=64):
     return jnp.asarray(MEAN + np.random.default_rng(1).standard_normal((count, 2)) @ np.linalg.cholesky(COVARIANCE).T)
 
 
-def tight(denoiser, xs, log_prior=None):
-    one = lambda x: log_prob(
-        denoiser, x, t_end=END, tolerance=1e-11, solver=diffrax.Dopri8(), log_prior=log_prior
-    )  # fmt: skip
-    return np.asarray(jax.jit(jax.vmap(one))(xs))
+def tight(denoiser, xs, own):
+    """From the own law at the start, and from N(0, I) there, by one solve."""
+    both = lambda z: jnp.stack([own(z), jax.scipy.stats.norm.logpdf(z).sum()])
+    one = lambda x: log_prob(denoiser, x, t_end=END, tolerance=1e-11, solver=diffrax.Dopri8(), log_prior=both)
+    return np.asarray(jax.jit(jax.vmap(one))(xs)).T
 
 
 def test_three_numbers_of_normal_data():
     g, xs = normal(), points()
     here = np.asarray(jax.vmap(lambda x: g.log_prob(END, x))(xs))
     # From its own law at the start the equation gives the density at t_end.
-    own = tight(g, xs, lambda z: g.log_prob(1.0, z))
+    own, default = tight(g, xs, lambda z: g.log_prob(1.0, z))
     np.testing.assert_allclose(own, here, atol=1e-8)
     # From N(0, I) it is off by exactly as much as the laws at the start differ there.
     z = jax.vmap(lambda x: g.transport(x, END, 1.0))(xs)
     gap = jax.vmap(lambda z: jax.scipy.stats.norm.logpdf(z).sum() - g.log_prob(1.0, z))(z)
-    default = tight(g, xs)
     np.testing.assert_allclose(default - own, gap, atol=1e-8)
     assert 0.01 < np.abs(gap).max() < 0.1
     # And the density at t_end is not that of the data.
@@ -90,9 +90,8 @@ def test_three_numbers_of_normal_data():
 def test_three_numbers_of_the_mixture():
     xs = gmm.reference(64)
     here = np.array([mixture_log_prob(END, x) for x in xs])
-    own = tight(gmm.denoiser(), jnp.asarray(xs), mixture_prior)
+    own, default = tight(gmm.denoiser(), jnp.asarray(xs), mixture_prior)
     np.testing.assert_allclose(own, here, atol=2e-10)
-    default = tight(gmm.denoiser(), jnp.asarray(xs))
     # They were reached from known noise.
     z = gmm.starts(64)
     gap = multivariate_normal.logpdf(z, np.zeros(2)) - np.asarray(jax.vmap(mixture_prior)(jnp.asarray(z)))
@@ -103,8 +102,8 @@ def test_three_numbers_of_the_mixture():
 
 @pytest.mark.parametrize(
     ("solver", "order", "steps"),
-    [(Singlestep(method="rk4"), 4, 40), (DPMSolverPP(2), 2, 80), (diffrax.Heun(), 2, 80)],
-    ids=["rk4", "DPM++2M", "Heun"],
+    [(Singlestep(method="rk4"), 4, 40), (DPMSolverPP(2), 2, 80)],
+    ids=["rk4", "DPM++2M"],
 )
 def test_samplers_take_the_density_along(solver, order, steps):
     xs = jnp.asarray(gmm.reference(32))
@@ -145,37 +144,39 @@ def test_other_schedules(name):
     )
 
 
+@eqx.filter_jit
+def estimates(g, x, keys, num_probes=1):
+    options = {"t_end": END, "solver": Singlestep(method="rk4"), "num_steps": 60}
+    prior = lambda z: g.log_prob(1.0, z)
+    one = lambda k: log_prob(g, x, exact=False, key=k, num_probes=num_probes, log_prior=prior, **options)
+    return jax.vmap(one)(keys)
+
+
 def test_hutchinson_is_an_estimate_without_bias():
-    x, own = points()[2], lambda g: lambda z: g.log_prob(1.0, z)
-    estimates = lambda g, keys: np.asarray(
-        jax.jit(
-            jax.vmap(lambda k: log_prob(g, x, exact=False, key=k, t_end=END, tolerance=1e-6, log_prior=own(g)))
-        )(keys)
-    )  # fmt: skip
-    g = normal()
-    draws = estimates(g, jr.split(jr.key(0), 128))
+    g, x, keys = normal(), points()[2], jr.split(jr.key(0), 128)
+    draws = np.asarray(estimates(g, x, keys))
     assert draws.std() > 0.05
     assert abs(draws.mean() - float(g.log_prob(END, x))) < 5 * draws.std() / np.sqrt(128)
     # Signs give the trace of a diagonal matrix at once.
     diagonal = normal(covariance=np.diag([0.04, 0.5]))
-    alone = estimates(diagonal, jr.split(jr.key(1), 2))
-    np.testing.assert_allclose(alone, float(diagonal.log_prob(END, x)), atol=1e-4)
-    # More probes, less spread; one key, one answer.
-    many = lambda k: log_prob(g, x, exact=False, key=k, num_probes=16, t_end=END, solver=DPMSolverPP(2), num_steps=50)
-    wide = np.asarray(jax.vmap(many)(jr.split(jr.key(2), 32)))
-    assert wide.std() < 0.6 * draws.std()
-    assert float(many(jr.key(2))) == float(many(jr.key(2)))
+    alone = estimates(diagonal, x, keys)
+    np.testing.assert_allclose(alone, float(diagonal.log_prob(END, x)), atol=1e-3)
+    # More probes, less spread.
+    assert np.asarray(estimates(g, x, keys, 16)).std() < 0.4 * draws.std()
 
 
 def test_its_gradient_is_the_score():
     g, x = normal(), points()[3]
-    f = lambda g, x: log_prob(g, x, t_end=END, tolerance=1e-7, log_prior=lambda z: g.log_prob(1.0, z))
-    np.testing.assert_allclose(jax.grad(f, 1)(g, x), g.predict("score", END, x), atol=1e-4)
-    # And in what the denoiser is made of: d log p / d mean = Sigma_t^-1 alpha (x - alpha mean).
-    one = lambda mean: f(GaussianDenoiser(VP(), mean, g.basis, g.variances), x)
-    exact = jax.grad(lambda mean: GaussianDenoiser(VP(), mean, g.basis, g.variances).log_prob(END, x))(g.mean)
-    np.testing.assert_allclose(jax.grad(one)(g.mean), exact, atol=1e-4)
-    fixed = lambda x: log_prob(g, x, t_end=END, solver=DPMSolverPP(2), num_steps=8)
+
+    def f(mean, x):
+        g = GaussianDenoiser(VP(), mean, normal().basis, normal().variances)
+        return log_prob(g, x, t_end=END, tolerance=1e-7, log_prior=lambda z: g.log_prob(1.0, z))
+
+    by_mean, by_x = jax.jit(jax.grad(f, (0, 1)))(g.mean, x)
+    np.testing.assert_allclose(by_x, g.predict("score", END, x), atol=1e-4)
+    # And in what the denoiser is made of: the law only moves with alpha times the mean.
+    np.testing.assert_allclose(by_mean, -VP().alpha(END) * by_x, atol=1e-4)
+    fixed = jax.jit(lambda x: log_prob(g, x, t_end=END, solver=DPMSolverPP(2), num_steps=8))
     h = np.array([1e-5, 0.0])
     difference = (fixed(x + h) - fixed(x - h)) / 2e-5
     assert float(jax.grad(fixed)(x)[0]) == pytest.approx(float(difference), rel=1e-6)
