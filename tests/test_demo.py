@@ -255,7 +255,7 @@ def test_the_demo_of_samplers_knows_more_of_digits_than_a_normal_law(tmp_path):
     pytest.importorskip("sklearn")
     start = time.process_time()
     lines = list(_samplers.samplers(tmp_path))
-    check_samplers(lines, 8)
+    check_samplers(lines, 6)
     ours, normal, _ = numbers(lines, "Likelihood")
     assert ours < normal - 0.3
     assert time.process_time() - start < 300
