@@ -245,7 +245,7 @@ def test_a_quick_demo_of_samplers_draws_scores_inverts_and_steers(tmp_path, caps
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith(f"The figure: {tmp_path / 'samplers.png'}")
     assert (tmp_path / "samplers.png").read_bytes().startswith(b"\x89PNG")
-    check_samplers(lines, 6)
+    check_samplers(lines, 5)
     ours, _, none = numbers(lines, "Likelihood")
     assert ours < none == 4.09
 
