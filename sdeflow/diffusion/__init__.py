@@ -13,6 +13,17 @@ from ._denoiser import Thresholded as Thresholded
 from ._equations import LogSNRFlow as LogSNRFlow
 from ._equations import ProbabilityFlow as ProbabilityFlow
 from ._equations import ReverseSDE as ReverseSDE
+from ._extract import extract_noise as extract_noise
+from ._gaussian import GaussianDenoiser as GaussianDenoiser
+from ._inverse import DPS as DPS
+from ._inverse import ClassifierGuided as ClassifierGuided
+from ._inverse import PosteriorGuided as PosteriorGuided
+from ._likelihood import bits_per_dim as bits_per_dim
+from ._likelihood import log_prob as log_prob
+from ._moves import AbstractConstraint as AbstractConstraint
+from ._moves import AbstractCorrector as AbstractCorrector
+from ._moves import Langevin as Langevin
+from ._moves import Replacement as Replacement
 from ._multistep import AbstractSampler as AbstractSampler
 from ._multistep import Multistep as Multistep
 from ._presets import DDIM as DDIM

@@ -56,9 +56,11 @@ class AbstractSampler(eqx.Module):
             num_steps: the number that was asked for.
         """
 
-    def times(self, schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: Any) -> Any:
+    def times(
+        self, schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: Any, t_start: Any = None
+    ) -> Any:
         """The times between steps."""
-        return knots(schedule, num_steps, grid, t_end)
+        return knots(schedule, num_steps, grid, t_end, t_start)
 
 
 def check_order(order: Any, highest: int = 4) -> None:

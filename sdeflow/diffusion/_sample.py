@@ -20,6 +20,7 @@ from ..solving._choose import choose_adjoint
 from ..walking import checkpointed_scan
 from ._bdia import BDIA, lost_digits
 from ._denoiser import AbstractDenoiser, check_denoiser
+from ._moves import AbstractConstraint, AbstractCorrector, Moves
 from ._multistep import AbstractSampler, Multistep
 from ._singlestep import Singlestep
 from ._table import Table, Walked, follow, read
@@ -37,12 +38,16 @@ def sample(
     solver: AbstractSampler,
     num_steps: int | None = None,
     grid: Any = "logsnr",
+    t_start: float | None = None,
     t_end: float | None = None,
     key: PRNGKeyArray | None = None,
+    noise: Array | None = None,
+    corrector: AbstractCorrector | None = None,
+    constraint: AbstractConstraint | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
     return_state: bool = False,
 ) -> Any:
-    """Draw a sample: from noise ``x_T`` at t_max to data at ``t_end``.
+    """Draw a sample: from noise ``x_T`` at ``t_start`` to data at ``t_end``.
 
     One sample per call; use ``jax.vmap`` for batches (a batch in ``x_T`` with a batch-wise denoiser works, too).
     Multistep samplers evaluate the denoiser once a step.
@@ -56,9 +61,16 @@ def sample(
         num_steps: how many steps.
         grid: "logsnr", "t", "quadratic" or "edm", what has equal steps; or a `sdeflow.grids.Grid` of decreasing times.
             Its times may be traced, and the sample differentiated in them.
+        t_start: where to start, by default the schedule's ``t_max``; later with a state that is known there, as from
+            `GaussianDenoiser` or `extract_noise`.
         t_end: where to end, by default the schedule's ``t_min``. Where the noise vanishes, as at 0, one last step of
             order 1 leads there.
-        key: for samplers that add noise.
+        key: for samplers, correctors and constraints that add noise.
+        noise: what a sampler adds instead, as `extract_noise` returns it; a key is then for the others alone.
+        corrector: what moves the state before each step, e.g. `Langevin`. It and a constraint are for samplers that
+            evaluate the denoiser once a step and correct nothing later; past order 1 these go on with outputs from
+            before the moves.
+        constraint: what binds the state to what is known, after each move and each step, e.g. `Replacement`.
         adjoint: `sdeflow.adjoints.DiscreteAdjoint`, which says what a gradient keeps, by default as in `sdeflow.solve`;
             for `BDIA` also `sdeflow.adjoints.ReversibleAdjoint`, which keeps nothing but the end.
         return_state: for `BDIA`, return the pair of the sample and the state one knot before it.
@@ -78,14 +90,21 @@ def sample(
         >>> sf.diffusion.sample(point, noise, solver=sf.diffusion.UniPC(2), num_steps=5, t_end=0.0).tolist()
         [3.0, 3.0]
     """
-    x, base = _start(denoiser, x_T, solver, return_state)
-    _check_adjoint(adjoint, solver)
-    times = solver.times(denoiser.schedule, num_steps, grid, t_end)
-    table = _table(solver, denoiser.schedule, times, grid, num_steps)
-    if table.draws and key is None:
+    x, base = start_of(denoiser, x_T, solver, return_state)
+    check_adjoint(adjoint, solver)
+    times = solver.times(denoiser.schedule, num_steps, grid, t_end, t_start)
+    table = table_of(solver, denoiser.schedule, times, grid, num_steps)
+    moves = _moves(denoiser, table, times, solver, corrector, constraint)
+    if noise is not None:
+        noise = _check_noise(noise, table, x, solver)
+    elif table.draws and key is None:
         raise ValueError(f"{type(solver).__name__} adds noise with these options: pass key=.")
+    drawn = corrector is not None or (constraint is not None and constraint.draws)
+    if drawn and key is None:
+        raise ValueError(f"{type(corrector or constraint).__name__} draws noise: pass key=.")
     table = table if base is None else table.drop(1)
-    return _followed(denoiser, table, x, base, args, key if table.draws else None, adjoint, return_state)
+    key = key if drawn or (table.draws and noise is None) else None
+    return _followed(denoiser, table, x, base, args, key, adjoint, return_state, noise, moves)
 
 
 def invert(
@@ -96,12 +115,13 @@ def invert(
     solver: AbstractSampler,
     num_steps: int | None = None,
     grid: Any = "logsnr",
+    t_start: float | None = None,
     t_end: float | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
     fixed_point: int = 0,
     return_state: bool = False,
 ) -> Any:
-    """The noise that a sample came from: from data at ``t_end`` back to noise at t_max.
+    """The noise that a sample came from: from data at ``t_end`` back to noise at ``t_start``.
 
     `BDIA` undoes its own steps, exactly with gamma = 1 from the pair that ``sample(..., return_state=True)`` returns. A
     sampler for the ordinary equation is run over its times reversed, which inverts the equation and with it the sampler
@@ -112,7 +132,7 @@ def invert(
         x: a sample, or the pair of `BDIA`.
         args: passed on to the denoiser.
         solver: a sampler without noise.
-        num_steps, grid, t_end: those of `sample`.
+        num_steps, grid, t_start, t_end: those of `sample`.
         adjoint: that of `sample`.
         fixed_point: for `DDIM`, the number of iterations for each step that is undone, each with one evaluation.
         return_state: for `BDIA`, return the pair of the noise and the state one knot before it, which `sample` takes.
@@ -137,15 +157,12 @@ def invert(
         >>> bool(abs(back - x) < 1e-4)
         True
     """
-    x, base = _start(denoiser, x, solver, return_state)
-    _check_adjoint(adjoint, solver)
+    x, base = start_of(denoiser, x, solver, return_state)
+    check_adjoint(adjoint, solver)
     _refuse_noise(solver)
     schedule = denoiser.schedule
-    times = solver.times(schedule, num_steps, grid, t_end)
-    if isinstance(times, np.ndarray) and noiseless(schedule, times[-1]):
-        raise ValueError(
-            f"there is no noise at t={times[-1]:g}, so nothing leads back from there: pass a larger t_end=."
-        )
+    times = solver.times(schedule, num_steps, grid, t_end, t_start)
+    check_noisy(schedule, times)
     if isinstance(solver, BDIA):
         lost = lost_digits(solver.gamma, times.shape[0] - 1, x.dtype)
         if lost > 1e-3:
@@ -161,17 +178,66 @@ def invert(
             raise ValueError(f"fixed_point must be a positive number of iterations, got {fixed_point!r}.")
         if not isinstance(solver, Multistep) or solver.order > 1 or solver.corrector:
             raise ValueError("fixed_point undoes the steps of order 1 alone: use it with DDIM().")
-        table = _table(solver, schedule, times, grid, num_steps)
-        out = _undo(denoiser, table, x, args, _policy(adjoint, table, x), fixed_point)
-        _check_finite(out)
+        table = table_of(solver, schedule, times, grid, num_steps)
+        out = _undo(denoiser, table, x, args, policy(adjoint, table, x), fixed_point)
+        check_finite(out)
         return out
     if isinstance(solver, Singlestep) and solver.fast:
         raise ValueError('steps="fast" is made for one direction: invert with steps="single" or "multi".')
-    table = _table(solver, schedule, times[::-1], grid, num_steps)
+    table = table_of(solver, schedule, times[::-1], grid, num_steps)
     return _followed(denoiser, table, x, base, args, None, adjoint, False)
 
 
-def _start(denoiser: Any, x: Any, solver: Any, return_state: bool) -> tuple[Array, Array | None]:
+def check_noisy(schedule: Any, times: Any) -> None:
+    """Refuse to go back from where there is no noise.
+
+    Raises:
+        ValueError: if the last of the times is known to be such.
+    """
+    if isinstance(times, np.ndarray) and noiseless(schedule, times[-1]):
+        raise ValueError(
+            f"there is no noise at t={times[-1]:g}, so nothing leads back from there: pass a larger t_end=."
+        )
+
+
+def _moves(denoiser: Any, table: Table, times: Any, solver: Any, corrector: Any, constraint: Any) -> Moves | None:
+    """The moves between steps, if there are any.
+
+    Raises:
+        TypeError: for what is none.
+        ValueError: for samplers that cannot take them.
+    """
+    if corrector is None and constraint is None:
+        return None
+    if not isinstance(corrector, AbstractCorrector | None):
+        raise TypeError(f"corrector must be one such as sf.diffusion.Langevin(), got {type(corrector).__name__}.")
+    if not isinstance(constraint, AbstractConstraint | None):
+        raise TypeError(
+            f"constraint must be one such as sf.diffusion.Replacement(value, known), got {type(constraint).__name__}."
+        )
+    if table.fresh is not None or table.two_point or table.fix is not None:
+        raise ValueError(
+            f"{type(solver).__name__} with these options keeps more than the state between evaluations, so nothing "
+            "else may move it: corrector and constraint go with DDIM, DEIS, DPMSolver, DPMSolverPP and iPNDM."
+        )
+    return Moves(denoiser, corrector, constraint, times)
+
+
+def _check_noise(noise: Any, table: Table, x: Array, solver: Any) -> Array:
+    """The noise as an array.
+
+    Raises:
+        ValueError: if the sampler takes none, or of another shape.
+    """
+    if not table.draws:
+        raise ValueError(f"{type(solver).__name__} adds no noise with these options: drop noise=.")
+    noise, wanted = jnp.asarray(noise, x.dtype), (table.num_draws, *x.shape)
+    if noise.shape != wanted:
+        raise ValueError(f"noise must have shape {wanted}, one array for each row of the sampler, got {noise.shape}.")
+    return noise
+
+
+def start_of(denoiser: Any, x: Any, solver: Any, return_state: bool) -> tuple[Array, Array | None]:
     """The state to start from, and for a pair its neighbour."""
     check_denoiser(denoiser)
     if not isinstance(solver, AbstractSampler):
@@ -197,7 +263,12 @@ def _floating(x: Any) -> Array:
     return x
 
 
-def _check_adjoint(adjoint: Any, solver: Any) -> None:
+def check_adjoint(adjoint: Any, solver: Any) -> None:
+    """Refuse what differentiates no sampler, or not this one.
+
+    Raises:
+        ValueError: always then.
+    """
     if isinstance(adjoint, ReversibleAdjoint) and not isinstance(solver, BDIA):
         raise ValueError(  # noqa: TRY004
             f"ReversibleAdjoint undoes steps, which those of {type(solver).__name__} cannot be: use BDIA()."
@@ -209,7 +280,7 @@ def _check_adjoint(adjoint: Any, solver: Any) -> None:
         )
 
 
-def _table(solver: AbstractSampler, schedule: Any, times: Any, grid: Any, num_steps: int | None) -> Table:
+def table_of(solver: AbstractSampler, schedule: Any, times: Any, grid: Any, num_steps: int | None) -> Table:
     """The table: on the host, or for traced times compiled as one program."""
     name = grid if isinstance(grid, str) else None
     if isinstance(times, np.ndarray):
@@ -222,7 +293,8 @@ def _traced_table(solver: AbstractSampler, schedule: Any, times: Any, name: Any,
     return solver.table(schedule, times, name, num_steps)
 
 
-def _policy(adjoint: Any, table: Table, x: Array) -> Any:
+def policy(adjoint: Any, table: Table, x: Array) -> Any:
+    """What a gradient keeps."""
     if isinstance(adjoint, ReversibleAdjoint):
         return adjoint
     if adjoint is None:
@@ -236,7 +308,16 @@ def _refuse_noise(solver: Any) -> None:
 
 
 def _followed(
-    denoiser: Any, table: Table, x: Array, base: Array | None, args: Any, key: Any, adjoint: Any, pair: bool
+    denoiser: Any,
+    table: Table,
+    x: Array,
+    base: Array | None,
+    args: Any,
+    key: Any,
+    adjoint: Any,
+    pair: bool,
+    noise: Any = None,
+    moves: Any = None,
 ) -> Any:
     """What the table leads to.
 
@@ -249,12 +330,12 @@ def _followed(
             f"the statistics are for states of shape {made_for}, but the state has shape {x.shape}: use jax.vmap for "
             "a batch."
         )
-    out = _run(denoiser, table, x, base, args, key, _policy(adjoint, table, x))
-    _check_finite(out.x)
+    out = run(denoiser, table, x, base, args, key, policy(adjoint, table, x), given=noise, moves=moves)
+    check_finite(out.x)
     return (out.x, out.base) if pair else out.x
 
 
-def _check_finite(x: Array) -> None:
+def check_finite(x: Array) -> None:
     """Raise outside of a trace, if there is something to raise."""
     if is_concrete(x) and not bool(jnp.isfinite(x).all()):
         result: Any = RESULTS.nonfinite
@@ -262,14 +343,29 @@ def _check_finite(x: Array) -> None:
 
 
 @eqx.filter_jit
-def _run(denoiser: Any, table: Table, x: Array, base: Any, args: Any, key: Any, checkpoints: Any) -> Walked:
+def run(
+    denoiser: Any,
+    table: Table,
+    x: Array,
+    base: Any,
+    args: Any,
+    key: Any,
+    checkpoints: Any,
+    *,
+    given: Any = None,
+    through: Any = None,
+    moves: Any = None,
+) -> Walked:
+    """`follow` for states as they are, compiled."""
     mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
     base = None if base is None else base - mean
     if isinstance(checkpoints, ReversibleAdjoint):
         out = follow_to_undo(table, denoiser, x - mean, base, args, checkpoints.max_defect)
     else:
-        out = follow(table, denoiser, x - mean, base, args, key, checkpoints)
-    return Walked(out.x + mean, None if out.base is None else out.base + mean)
+        through = None if through is None else through - mean
+        options = {"given": given, "through": through, "moves": moves}
+        out = follow(table, denoiser, x - mean, base, args, key, checkpoints, **options)
+    return Walked(out.x + mean, None if out.base is None else out.base + mean, out.noise)
 
 
 @eqx.filter_jit

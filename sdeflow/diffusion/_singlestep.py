@@ -82,18 +82,20 @@ class Singlestep(AbstractSampler):
         if self.churn > 0 and self.method != "heun":
             raise ValueError('churn goes with method="heun".')
 
-    def times(self, schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: Any) -> Any:
+    def times(
+        self, schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: Any, t_start: Any = None
+    ) -> Any:
         """The times between steps; of the "fast" kind as many as the evaluations afford."""
         if not self.fast:
-            return knots(schedule, num_steps, grid, t_end)
+            return knots(schedule, num_steps, grid, t_end, t_start)
         if isinstance(grid, Grid):
             raise ValueError(  # noqa: TRY004
                 'steps="fast" chooses its steps by the number of evaluations: pass num_steps= and no Grid.'
             )
         orders = _fast_orders(check_count(num_steps, "num_steps"))
         if grid == "logsnr":
-            return knots(schedule, len(orders), grid, t_end)
-        return knots(schedule, num_steps, grid, t_end)[np.append(0, np.cumsum(orders))]
+            return knots(schedule, len(orders), grid, t_end, t_start)
+        return knots(schedule, num_steps, grid, t_end, t_start)[np.append(0, np.cumsum(orders))]
 
     def table(self, schedule: AbstractSchedule, times: Any, grid: Any, num_steps: int | None = None) -> Table:
         """The table of this sampler."""

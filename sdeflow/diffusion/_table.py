@@ -68,6 +68,11 @@ class Table(eqx.Module):
         return self.noise is not None or self.start is not None
 
     @property
+    def num_draws(self) -> int:
+        """How many normal arrays like the state it takes: one a row, and one before the first if noise is there."""
+        return (0 if self.noise is None else self.num_rows) + (self.start is not None)
+
+    @property
     def two_point(self) -> bool:
         """Whether a state is a pair."""
         return self.back is not None
@@ -123,10 +128,11 @@ def joined(parts: list[tuple[list[int], Any]], width: int | None = None) -> Any:
 
 
 class Walked(eqx.Module):
-    """Where a table leads: the last state and, for two-point methods, the one before."""
+    """Where a table leads: the last state, for two-point methods the one before, and noise that was asked for."""
 
     x: Array
     base: Array | None
+    noise: Array | None = None
 
 
 def follow(
@@ -137,6 +143,10 @@ def follow(
     args: Any,
     key: PRNGKeyArray | None,
     checkpoints: Checkpoints,
+    *,
+    given: Array | None = None,
+    through: Array | None = None,
+    moves: Any = None,
 ) -> Walked:
     """Follow the rows of a table.
 
@@ -144,25 +154,37 @@ def follow(
         x: the state, less the schedule's mean.
         base: the state before it, for two-point methods; None otherwise.
         key: for the noise, if there is any.
+        given: shape (num_draws, *state), noise to take instead.
+        through: of the same shape, states that noise is to lead through, which is then returned.
+        moves: what else moves the state, between steps; only where each step is one row.
     """
     table = table.cast(x.dtype)
-    normals = None
-    if table.noise is not None:
-        for_rows, key = jr.split(key)  # pyright: ignore[reportArgumentType]
-        # Time leads, so that a row's noise does not depend on how many rows there are.
-        normals = jr.normal(for_rows, (table.num_rows, *x.shape), x.dtype)
+    if moves is not None:
+        key, for_moves = (None, None) if key is None else jr.split(key)
+        moves = moves.for_rows(table.num_rows, x.dtype, for_moves)
+        x = moves.begin(x, args)
+    replayed = given if through is None else through
+    if replayed is not None:
+        first, normals = (replayed[0], replayed[1:]) if table.start is not None else (None, replayed)
+    else:
+        first, normals = _draw(table, x, key)
+    found = None
     if table.start is not None:
         factor, size = table.start
-        x = factor * x + size * jr.normal(key, x.shape, x.dtype)  # pyright: ignore[reportArgumentType]
+        if through is not None:
+            found = first = _leading(factor * x, size, first)
+        x = factor * x + size * first
     holds = table.back is not None or table.fresh is not None
     base = (x if base is None else base) if holds else None
     outputs = jnp.zeros((table.width, *x.shape), x.dtype)
     rows = (table.t, table.keep, table.out, table.noise, table.fix, table.back, table.fresh, table.offset,
-            table.fix_offset, table.read_x, table.read_noise, normals)  # fmt: skip
+            table.fix_offset, table.read_x, table.read_noise, normals, moves.rows if moves else None)  # fmt: skip
 
     def body(carry: Any, row: Any) -> Any:
         x, base, outputs = carry
-        t, keep, out, noise, fix, back, fresh, offset, fix_offset, read_x, read_noise, normal = row
+        t, keep, out, noise, fix, back, fresh, offset, fix_offset, read_x, read_noise, normal, move = row
+        if moves is not None:
+            x = moves.before(move, t, x, args)
         outputs = jnp.concatenate([read(table, denoiser, t, x, args, read_x, read_noise)[None], outputs[:-1]])
         begun = x
         if fix is not None:
@@ -177,11 +199,33 @@ def follow(
         if offset is not None:
             new = new + offset
         if noise is not None:
+            if through is not None:
+                normal = _leading(new, noise, normal)
             new = new + noise * normal
-        return (new, begun if holds else None, outputs), None
+        if moves is not None:
+            new = moves.after(move, new, args, (t, x))
+        return (new, begun if holds else None, outputs), normal if through is not None else None
 
-    (x, base, _), _ = checkpointed_scan(body, (x, base, outputs), rows, table.num_rows, checkpoints)
-    return Walked(x, base)
+    (x, base, _), led = checkpointed_scan(body, (x, base, outputs), rows, table.num_rows, checkpoints)
+    if found is not None:
+        led = jnp.concatenate([found[None], led])
+    return Walked(x, base, led)
+
+
+def _draw(table: Table, x: Array, key: PRNGKeyArray | None) -> tuple[Any, Any]:
+    """The noise before the first row, and that of all rows."""
+    normals = None
+    if table.noise is not None:
+        for_rows, key = jr.split(key)  # pyright: ignore[reportArgumentType]
+        # Time leads, so that a row's noise does not depend on how many rows there are.
+        normals = jr.normal(for_rows, (table.num_rows, *x.shape), x.dtype)
+    first = None if table.start is None else jr.normal(key, x.shape, x.dtype)  # pyright: ignore[reportArgumentType]
+    return first, normals
+
+
+def _leading(x: Array, size: Array, target: Any) -> Array:
+    """The noise that leads from x to the target; 0 where none is added."""
+    return jnp.where(size > 0, (target - x) / jnp.where(size > 0, size, 1), 0)
 
 
 def _total(weights: Array, outputs: Array) -> Array:

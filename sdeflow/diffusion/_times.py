@@ -64,7 +64,7 @@ def check_grid(grid: Any) -> None:
         raise TypeError(f"grid must be one of {', '.join(map(repr, GRIDS))} or a Grid, got {type(grid).__name__}.")
 
 
-def knots(schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: Any) -> Any:
+def knots(schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: Any, t_start: Any = None) -> Any:
     """The times between steps, N + 1 of them: a float64 NumPy array, or a traced one for a traced grid.
 
     Where the noise vanishes at ``t_end`` (log(alpha / sigma) is infinite) the last step leads there from ``t_min``.
@@ -75,13 +75,17 @@ def knots(schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: A
     """
     check_grid(grid)
     if isinstance(grid, Grid):
-        return _given(schedule, num_steps, grid, t_end)
+        return _given(schedule, num_steps, grid, t_end, t_start)
     if num_steps is None:
         raise ValueError(f"num_steps says how many steps there are on the grid {grid!r}: pass num_steps=, e.g. 20.")
     count = check_count(num_steps, "num_steps")
-    start, end = schedule.t_max, schedule.t_min if t_end is None else number(t_end, "t_end")
+    start = schedule.t_max if t_start is None else number(t_start, "t_start")
+    end = schedule.t_min if t_end is None else number(t_end, "t_end")
+    if not 0 < start <= schedule.t_max:
+        raise ValueError(f"t_start must be above 0 and at most t_max={schedule.t_max:g}, got {start:g}.")
     if not 0 <= end < start:
-        raise ValueError(f"t_end must lie between 0 and t_max={start:g}, got {end:g}.")
+        name = "t_max" if t_start is None else "t_start"
+        raise ValueError(f"t_end must lie between 0 and {name}={start:g}, got {end:g}.")
     clean = noiseless(schedule, end)
     last = schedule.t_min if clean else end
     steps = count - 1 if clean else count
@@ -123,9 +127,12 @@ def noiseless(schedule: AbstractSchedule, t: Any) -> bool:
         return not np.isfinite(schedule.log_snr(np.float64(t)))
 
 
-def _given(schedule: AbstractSchedule, num_steps: int | None, grid: Grid, t_end: Any) -> Any:
-    if num_steps is not None or t_end is not None:
-        raise ValueError("a Grid says itself how many steps there are and where they end: drop num_steps= and t_end=.")
+def _given(schedule: AbstractSchedule, num_steps: int | None, grid: Grid, t_end: Any, t_start: Any) -> Any:
+    if any(x is not None for x in (num_steps, t_end, t_start)):
+        raise ValueError(
+            "a Grid says itself how many steps there are and where they begin and end: drop num_steps=, t_start= and "
+            "t_end=."
+        )
     if np.ndim(grid.left) != 1:
         raise ValueError("a batch of grids is for jax.vmap: sample takes one grid at a time.")
     if not is_concrete(grid.live) or not np.asarray(grid.live).all():
