@@ -23,6 +23,7 @@ from ..bridges import (
     transport_midpoint,
 )
 from ..data import HeldOut, Snapshots, leave_one_out, simulated_cells, write_velocity
+from ..data._long import is_missing
 from ..equations import BrownianMotion
 from ..metrics import energy_distance, wasserstein
 from ._ending import InputError, finished
@@ -234,14 +235,21 @@ def _fates(
     for i in sorted(starts):
         some = cells.subsample(_MOST // 2, key=jax.random.fold_in(key, i))
         assert some.labels is not None
-        ends, kinds = last.samples[-1], [f"{x}" for x in last.labels[-1]]
-        votes = min(5, len(ends))
+        ends, kinds = last.samples[-1], _text(last.labels[-1])
+        if not any(kinds):
+            continue
+        votes = min(5, sum(kind is not None for kind in kinds))
         found: Fates = fate(PiecewiseBridge(pieces[i:]), some.samples[i], ends, kinds, key=key, neighbours=votes)
         names, probabilities = tuple(map(str, found.names)), np.asarray(found.probabilities)
-        own = np.array([f"{x}" for x in some.labels[i]])
-        kinds, counts = np.unique(own, return_counts=True)
+        own = np.array([kind or "" for kind in _text(some.labels[i])])
+        kinds, counts = np.unique(own[own != ""], return_counts=True)
         for j in np.argsort(-counts, kind="stable")[:_SHOWN_TYPES]:
             if counts[j] >= _FEW * len(own):
                 mean = probabilities[own == kinds[j]].mean(axis=0)
                 rows.append(FateRow(float(cells.times[i]), str(kinds[j]), int(counts[j]), mean))
     return rows, names
+
+
+def _text(labels: np.ndarray) -> list[str | None]:
+    """Labels to print, None for cells without one."""
+    return [None if is_missing(x) else str(x) for x in labels.tolist()]

@@ -60,7 +60,10 @@ class Clock(eqx.Module):
 
     def __init__(self, reference: LinearSDE, t0: Any = 0.0, t1: Any = 1.0, *, shift: Any = None):
         if not isinstance(reference, LinearSDE):
-            raise TypeError(f"the reference of a bridge must be a LinearSDE, got {type(reference).__name__}.")
+            raise TypeError(
+                f"the reference of a bridge must be a LinearSDE, such as BrownianMotion(dim, sigma), got "
+                f"{type(reference).__name__}."
+            )
         if is_concrete(t0, t1) and not (np.isfinite(t0) and np.isfinite(t1) and t0 < t1):
             raise ValueError(f"a bridge needs t0 < t1, both finite, got t0={t0} and t1={t1}.")
         dtype = reference.dtype
@@ -101,9 +104,12 @@ class Clock(eqx.Module):
 
         Returns:
             J and c with ``z = J x + c`` (J a vector where components do not mix, else a matrix) and B, a number, a
-            vector or a matrix.
+            vector or a matrix; NaN for a traced time outside of the horizon.
+
+        Raises:
+            ValueError: for such a time that is known, or more than one.
         """
-        t = jnp.asarray(t, self.t1.dtype)
+        t = self._inside(jnp.asarray(t, self.t1.dtype))
         phi, c, q = self._rest(t)
         jacobian, offset = times(self.scale, phi), apply(self.scale, c) - self.shift
         if isinstance(self.reference, BrownianMotion) and self.reference.is_constant:
@@ -112,6 +118,16 @@ class Clock(eqx.Module):
             return jacobian, offset, self.scale**2 * q / self.epsilon
         left = self.scale @ q @ self.scale.T / self.epsilon
         return jacobian, offset, left
+
+    def _inside(self, t: Array) -> Array:
+        """A time of the horizon, up to rounding; any other would have a drift of its own that means nothing."""
+        if t.ndim:
+            raise ValueError(f"a bridge is evaluated at one time, got times of shape {t.shape}: use jax.vmap for many.")
+        slack = 8 * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(self.t0), jnp.abs(self.t1))
+        fine = (t >= self.t0 - slack) & (t <= self.t1 + slack)
+        if is_concrete(fine) and not bool(fine):
+            raise ValueError(f"t={t:g} lies outside of the bridge's horizon, {self.t0:g} to {self.t1:g}.")
+        return jnp.where(fine, t, jnp.nan)
 
     def _rest(self, t: Array) -> Law:
         """The law of the reference from t to t1."""

@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ..data._long import is_missing
 from ..metrics._blocks import block_rows, clouds, join, split
 
 
@@ -50,9 +51,10 @@ def fate(
 
     Arguments:
         bridge: a `Bridge`, or a `PiecewiseBridge` over many days.
-        x0: shape (n, d), cells at the bridge's t0.
+        x0: shape (n, d), cells at the bridge's t0; of a later day, with ``PiecewiseBridge(bridge.bridges[k:])``.
         cells: shape (m, d), the cells at its t1.
-        labels: m labels, such as types; leave out cells to ask about some types only.
+        labels: m labels, such as types; cells with None or NaN have no vote. Leave out cells to ask about some types
+            only.
         key: a random key.
         num_paths: ends for each cell.
         neighbours: how many of the nearest cells have a vote on an end.
@@ -78,8 +80,14 @@ def fate(
     labels = np.asarray(labels)
     if labels.shape != (len(cells),):
         raise ValueError(f"There are {len(cells)} cells but labels of shape {labels.shape}; give one for each cell.")
+    known = np.array([not is_missing(label) for label in labels.tolist()])
+    if not known.any():
+        raise ValueError("no cell has a label, so there is nothing to become.")
+    cells, labels = cells[known], labels[known]
     if neighbours > len(cells):
-        raise ValueError(f"neighbours must be at most {len(cells)}, the number of cells, got {neighbours}.")
+        raise ValueError(
+            f"neighbours must be at most {len(cells)}, the number of cells with a label, got {neighbours}."
+        )
     names, kinds = np.unique(labels, return_inverse=True)
     votes = jnp.asarray(np.eye(len(names))[kinds] / neighbours, cells.dtype)
     return Fates(tuple(names.tolist()), _shares(bridge, x0, cells, votes, key, int(num_paths), int(neighbours)))

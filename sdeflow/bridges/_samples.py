@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -30,10 +31,17 @@ def prepared(
             "own: one of them, not both."
         )
     if reference is None:
+        if not isinstance(epsilon, int | float | np.number | np.ndarray | jax.Array) or isinstance(epsilon, bool):
+            raise TypeError(f"epsilon must be a number, got {epsilon!r}.")
         if is_concrete(epsilon) and not (np.isfinite(epsilon) and epsilon > 0):
             raise ValueError(f"epsilon must be positive and finite, got {epsilon}.")
         sigma = jnp.sqrt(jnp.asarray(epsilon, x0.dtype) / (jnp.asarray(t1, x0.dtype) - t0))
         reference = BrownianMotion(x0.shape[1], sigma)
+    elif not isinstance(reference, LinearSDE):
+        raise TypeError(
+            f"reference must be a LinearSDE, such as BrownianMotion({x0.shape[1]}, 0.3), got "
+            f"{type(reference).__name__}; a variance is passed as epsilon."
+        )
     elif reference.dim != x0.shape[1]:
         raise ValueError(f"the reference has {reference.dim} components and the samples {x0.shape[1]}.")
     clock = Clock(reference, t0, t1)
@@ -42,7 +50,18 @@ def prepared(
 
 
 def _cloud(name: str, x: Any) -> Array:
-    x = jnp.asarray(x)
+    kind = type(x).__name__
+    if hasattr(x, "obsm") or hasattr(x, "pairs"):
+        raise TypeError(
+            f"{name} must be the cells of one time, an array of shape (n, d), got {kind}: take them from "
+            "Snapshots.from_anndata(...).pairs()."
+        )
+    if hasattr(x, "toarray"):
+        raise TypeError(f"{name} must be a dense array of shape (n, d), got {kind}: pass its toarray().")
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of numbers of shape (n, d), got {kind}.") from error
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise ValueError(f"{name} must be an array of numbers of shape (n, d), got shape {x.shape} and {x.dtype}.")
     if len(x) < 2:

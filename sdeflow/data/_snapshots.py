@@ -21,6 +21,7 @@ from ._cells import (
     read_times,
     read_weights,
 )
+from ._long import is_missing
 from ._random import SUBSAMPLE, generators
 
 
@@ -172,7 +173,11 @@ class Snapshots:
         count = lambda n, word: f"{n} {word}{'s' if n != 1 else ''}"
         shown = [f"{t:g}: {n}" for t, n in zip(self.times, self.counts)]
         shown = shown if len(shown) <= 12 else [*shown[:10], "...", shown[-1]]
-        extras = [] if self.labels is None else [count(len({*np.concatenate(self.labels).tolist()}), "label")]
+        extras = (
+            []
+            if self.labels is None
+            else [count(len({x for x in np.concatenate(self.labels).tolist() if not is_missing(x)}), "label")]
+        )
         extras += [] if self.weights is None else ["weights"]
         scaling = ""
         if self.is_standardised:

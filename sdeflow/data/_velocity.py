@@ -114,7 +114,10 @@ def write_velocity(
             "that it was fitted to."
         )
         raise
-    advice = "a bridge between samples has no drift at its end: give latest=, a time a little before it"
+    advice = (
+        "a bridge between samples has no drift at its end, for which latest= is a time a little before it, and no "
+        'velocity at either: use gaussian_sb, or light_sb with backward="fit"'
+    )
     check_finite(found, f"the bridge's {kind}", np.flatnonzero(known), advice)
     velocity[np.ix_(known, np.arange(dim))] = found if like is None else found * like.scale
     _warn_unknown(known)

@@ -107,3 +107,18 @@ def test_what_needs_a_way_back_says_how_to_get_one():
     for call in (bridge.velocity, bridge.backward_drift, bridge.score):
         with pytest.raises(ValueError, match="backward="):
             call(0.5, jnp.zeros(2))
+
+
+def test_times_outside_of_the_horizon_are_refused():
+    bridge = gaussian_sb(jnp.zeros(1), jnp.eye(1), jnp.ones(1), jnp.eye(1), sf.equations.BrownianMotion(1), t0=2, t1=4)
+    x = jnp.zeros(1)
+    for t in (1.0, 7.0):
+        for field in (bridge.drift, bridge.backward_drift, bridge.velocity, bridge.score, bridge.endpoint_mean):
+            with pytest.raises(ValueError, match=f"t={t:g} lies outside of the bridge's horizon, 2 to 4"):
+                field(t, x)
+        assert np.isnan(jax.jit(bridge.drift)(t, x)).all()
+    with pytest.raises(ValueError, match="one time"):
+        bridge.drift(jnp.array([2.0, 3.0]), x)
+    with pytest.raises(sf.SolveError):
+        sf.solve(bridge.equation(), x, [0.0, 1.0], dt0=0.5, key=jr.key(0))
+    assert np.isfinite(jax.jit(bridge.drift)(jnp.nextafter(bridge.t1, 5.0), x)).all()

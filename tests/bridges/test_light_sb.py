@@ -1,5 +1,7 @@
 """Bridges that are learned: the loss with its numbers, and what training finds."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -216,3 +218,20 @@ def test_a_million_cells_fit_in_memory():
 @pytest.mark.slow
 def test_four_devices_learn_what_one_learns():
     assert last_number(_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=4") == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"x0": [["a", "b"]]}, "x0 must be an array of numbers"),
+        ({"x1": sf.data.Snapshots([0.0, 1.0], [np.zeros((2, 2)), np.zeros((2, 2))])}, "cells of one time"),
+        ({"x0": types.SimpleNamespace(obsm={})}, "cells of one time"),
+        ({"x0": types.SimpleNamespace(toarray=None)}, "pass its toarray"),
+        ({"epsilon": "0.1"}, "epsilon must be a number, got '0.1'"),
+        ({"epsilon": None, "reference": 0.3}, "a variance is passed as epsilon"),
+    ],
+)
+def test_what_is_no_sample_and_no_reference_is_refused(change, says):
+    x = np.random.default_rng(0).normal(size=(10, 2))
+    with pytest.raises(TypeError, match=says):
+        light_sb(**({"x0": x, "x1": x, "epsilon": 0.5, "num_components": 2, "steps": 2, "key": jr.key(0)} | change))

@@ -214,3 +214,14 @@ def test_fates_refuse(change, words):
     given = {"x0": STARTS[:, None], "cells": CELLS, "labels": LABELS} | change
     with pytest.raises(ValueError, match=words):
         fate(two_wells(), **given, key=jr.key(0))
+
+
+def test_cells_without_a_label_have_no_vote():
+    x0, x1 = jnp.array([[-1.0], [1.0]]), jnp.array([[-3.0], [-2.9], [3.0], [3.1]])
+    bridge = sf.bridges.sinkhorn_bridge(x0, x1, 1.0)
+    some = sf.bridges.fate(bridge, x0, x1, ["left", None, "right", float("nan")], neighbours=1, key=jax.random.key(0))
+    few = sf.bridges.fate(bridge, x0, x1[::2], ["left", "right"], neighbours=1, key=jax.random.key(0))
+    assert some.names == ("left", "right")
+    np.testing.assert_array_equal(some.probabilities, few.probabilities)
+    with pytest.raises(ValueError, match="no cell has a label"):
+        sf.bridges.fate(bridge, x0, x1, [None] * 4, neighbours=1, key=jax.random.key(0))
