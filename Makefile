@@ -1,6 +1,6 @@
 # Every target sets itself up: on a fresh machine with Python 3.11 or newer, `make demo` is all there is to type.
 # A stamp in the virtual environment remembers which extras are installed, so that a second call goes straight to work.
-#   make demo ARGS="--job bridges"      make test ARGS="tests/test_import.py"      make PYTHON=python3.13 test
+#   make demo ARGS="--job samplers"     make test ARGS="tests/test_import.py"      make PYTHON=python3.13 test
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -50,10 +50,10 @@ STAMP = @touch $@
 SETUP := pyproject.toml Makefile | $(VENV)/bin/pip
 
 # aeon goes in by itself, here and for the tests: its wheel carries the speech data, which is read as files. What it
-# would bring along (numba, llvmlite, scikit-learn, pandas: half a gigabyte) serves only code that is never imported.
+# would bring along (numba, llvmlite, pandas: 300 megabytes) serves only code that is never imported.
 $(VENV)/.stamp-demo: $(SETUP)
 	@echo "installing sdeflow and what the demo needs"
-	@$(PIP) -e ".[plot,progress]"
+	@$(PIP) -e ".[demo]"
 	@$(PIP) --no-deps "aeon>=1.6"
 	$(STAMP)
 
@@ -66,9 +66,9 @@ $(VENV)/.stamp-test: $(SETUP)
 # torch without its dependencies is right where the index serves a CPU wheel; the wheel for CUDA does not import
 # without NVIDIA's libraries, and then they are fetched too.
 $(VENV)/.stamp-bench: $(SETUP)
-	@echo "installing sdeflow, torch, torchsde and what aeon's classifiers need"
-	@$(PIP) -e ".[plot,progress]" numba scikit-learn deprecated pandas filelock fsspec jinja2 networkx sympy typing-extensions boltons scipy trampoline
-	@$(PIP) --no-deps "aeon>=1.6" torch==2.13.0 torchsde
+	@echo "installing sdeflow, torch, torchsde, diffusers and what aeon's classifiers need"
+	@$(PIP) -e ".[plot,progress]" numba scikit-learn deprecated pandas filelock fsspec jinja2 networkx sympy typing-extensions boltons scipy trampoline "huggingface_hub<2" safetensors regex requests importlib_metadata pillow
+	@$(PIP) --no-deps "aeon>=1.6" torch==2.13.0 torchsde diffusers
 	@$(PY) -c "import torch" 2>/dev/null || $(PIP) torch==2.13.0
 	$(STAMP)
 

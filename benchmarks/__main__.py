@@ -39,6 +39,7 @@ PARTS = {
     "series": "irregular series: a training step beside torchsde and diffrax, accuracy beside the peers",
     "bridges": "Schrödinger bridges: plans that are known, Gaussians, cells of a day held out",
     "diffusion": "diffusion samplers: errors on a mixture of Gaussians, to the digits that are known",
+    "diffusion_speed": "samplers beside scans written by hand and diffusers: time, gradients, memory",
     "latent": "latent stochastic equations: bound, bands and noise against a law that is known",
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",
@@ -134,7 +135,7 @@ def _environment() -> dict[str, Any]:
     import jax
 
     versions = {}
-    for name in ("sdeflow", "jax", "jaxlib", "diffrax", "equinox", "torch", "torchsde"):
+    for name in ("sdeflow", "jax", "jaxlib", "diffrax", "equinox", "torch", "torchsde", "diffusers"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from sdeflow import __main__ as command
-from sdeflow._demo import _bridges, _series
-from sdeflow.data import Snapshots, TimeSeries, simulated_cells
+from sdeflow._demo import _bridges, _samplers, _series
+from sdeflow.data import Samples, Snapshots, TimeSeries, simulated_cells
 
 
 def test_a_quick_demo_scores_the_test_set_and_leaves_a_figure(tmp_path, capsys):
@@ -213,6 +213,74 @@ def test_the_demo_of_bridges_beats_a_copy_of_the_day_before(tmp_path):
     assert become["2", "B"]["B"] >= 95
     assert 40 <= become["0", "progenitor"]["A"] <= 60
     assert time.process_time() - start < 180
+
+
+# ---- Samplers. ----
+
+
+def numbers(lines, beginning):
+    """The numbers with a point in the line that begins so."""
+    (line,) = [line for line in lines if line.startswith(beginning)]
+    return [float(x) for x in re.findall(r"\d+\.\d+", line)]
+
+
+def shares(lines):
+    """How many of ten were as wanted, before and after."""
+    return [[int(x) for x in re.findall(r"(\d+) of 10", line)] for line in lines if " of 10 before" in line]
+
+
+def check_samplers(lines, least):
+    """What holds for a network of any size."""
+    unipc, ddim = numbers(lines, "Sampling with 10")
+    assert unipc < 0.5 * ddim
+    (again,) = numbers(lines, "Inverting")
+    assert again < 0.1
+    for before, after in shares(lines):
+        assert before < least <= after
+
+
+def test_a_quick_demo_of_samplers_draws_scores_inverts_and_steers(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    assert command.main(["demo", "--job", "samplers", "--quick", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith(f"The figure: {tmp_path / 'samplers.png'}")
+    assert (tmp_path / "samplers.png").read_bytes().startswith(b"\x89PNG")
+    check_samplers(lines, 6)
+    ours, _, none = numbers(lines, "Likelihood")
+    assert ours < none == 4.09
+
+
+@pytest.mark.slow
+def test_the_demo_of_samplers_knows_more_of_digits_than_a_normal_law(tmp_path):
+    pytest.importorskip("sklearn")
+    start = time.process_time()
+    lines = list(_samplers.samplers(tmp_path))
+    check_samplers(lines, 8)
+    ours, normal, _ = numbers(lines, "Likelihood")
+    assert ours < normal - 0.3
+    assert time.process_time() - start < 300
+
+
+def test_digits_come_in_levels_and_go_back_to_them():
+    digits = Samples(np.array([[0.0, 16.0], [4.0, 8.0]], np.float32), np.array([3, 5]))
+    scale = _samplers._Scale.of(digits)
+    np.testing.assert_allclose(scale.leave(scale.enter(digits.values)), digits.values, atol=1e-5)
+    np.testing.assert_allclose(scale.enter(digits.values).mean(axis=0), 0, atol=1e-6)
+    (batch,) = _samplers._Spread(digits, scale).batches(2, key=jax.random.key(0))
+    levels = scale.leave(batch.values) + 0.5
+    assert (np.floor(levels) == digits.values[batch.ids]).all()
+    assert (batch.args == digits.args[batch.ids]).all()
+    (other,) = _samplers._Spread(digits, scale).batches(2, key=jax.random.key(1))
+    assert not np.isin(other.values, batch.values).any()
+
+
+def test_without_scikit_learn_a_sentence_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["demo", "--job", "samplers", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == 'The digits come with scikit-learn: pip install "sdeflow[demo]".\n'
+    assert not (tmp_path / "out").exists()
 
 
 # ---- The commands. ----

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-from ._bridges import InputError as InputError
 from ._bridges import bridges as bridges
+from ._ending import InputError as InputError
+from ._samplers import samplers as samplers
 from ._series import series as series
 
-JOBS: dict[str, Callable[..., Iterator[str]]] = {"bridges": bridges, "series": series}
+JOBS: dict[str, Callable[..., Iterator[str]]] = {"bridges": bridges, "samplers": samplers, "series": series}

@@ -25,7 +25,7 @@ from ..bridges import (
 from ..data import HeldOut, Snapshots, leave_one_out, simulated_cells, write_velocity
 from ..equations import BrownianMotion
 from ..metrics import energy_distance, wasserstein
-from ._ending import finished
+from ._ending import InputError, finished
 from ._picture import FateRow, Judged, Subject, draw
 
 _SPREAD = 0.1  # Variance of an unguided cell over a mean gap between days, where the cells' own is 1.
@@ -33,10 +33,6 @@ _MOST = 1000  # Cells that a distance, or a fate, is computed from.
 _PATHS = 40
 _FEW = 0.03  # Types with less of a day's cells are left out of the table of fates.
 _SHOWN_TYPES = 5
-
-
-class InputError(Exception):
-    """What a user can set right, in one sentence."""
 
 
 def bridges(

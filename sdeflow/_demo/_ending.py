@@ -1,9 +1,13 @@
-"""How every job ends: with a picture, where there is matplotlib, and the time that all of it took."""
+"""How every job ends: with a picture, where there is matplotlib, and the time it took; or with a sentence of advice."""
 
 import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+
+class InputError(Exception):
+    """What a user can set right, in one sentence."""
 
 
 def finished(start: float, path: Path, draw: Callable[[], None]) -> str:

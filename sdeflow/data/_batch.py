@@ -62,8 +62,11 @@ def plan_epoch(
     return plan if rng is None else [plan[i] for i in rng.permutation(len(plan))]
 
 
-def check_size(size: Any, data: Any) -> int:
+def check_size(size: Any, data: Any, what: str = "series") -> int:
     """The rows of a batch, at most as many as there are series; of a larger size each data set warns once.
+
+    Arguments:
+        what: the data set is made of.
 
     Raises:
         TypeError: if ``size`` is not an integer.
@@ -73,14 +76,14 @@ def check_size(size: Any, data: Any) -> int:
         raise TypeError(f"The batch size must be an integer, got {size!r}.")
     if size < 1:
         raise ValueError(f"The batch size must be at least 1, got {size}.")
-    num_series = len(data)
+    count = len(data)
     warned = vars(data).setdefault("_warned_sizes", set())
-    if size > num_series and size not in warned:
+    if size > count and size not in warned:
         # Not left to Python, which forgets what it has shown whenever a filter is set, as jax does while it compiles.
         warned.add(size)
         warnings.warn(
-            f"The batch size {size} is more than the {num_series} series there are; batches hold {num_series} rows.",
+            f"The batch size {size} is more than the {count} {what} there are; batches hold {count} rows.",
             SdeflowWarning,
             stacklevel=3,
         )
-    return min(int(size), num_series)
+    return min(int(size), count)

@@ -20,6 +20,9 @@ from ._inverse import ClassifierGuided as ClassifierGuided
 from ._inverse import PosteriorGuided as PosteriorGuided
 from ._likelihood import bits_per_dim as bits_per_dim
 from ._likelihood import log_prob as log_prob
+from ._losses import AbstractMatching as AbstractMatching
+from ._losses import EDMLoss as EDMLoss
+from ._losses import ScoreMatching as ScoreMatching
 from ._moves import AbstractConstraint as AbstractConstraint
 from ._moves import AbstractCorrector as AbstractCorrector
 from ._moves import Langevin as Langevin

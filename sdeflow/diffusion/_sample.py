@@ -22,6 +22,7 @@ from ._bdia import BDIA, lost_digits
 from ._denoiser import AbstractDenoiser, check_denoiser
 from ._moves import AbstractConstraint, AbstractCorrector, Moves
 from ._multistep import AbstractSampler, Multistep
+from ._once import once
 from ._singlestep import Singlestep
 from ._table import Table, Walked, follow, read
 from ._times import noiseless
@@ -92,8 +93,7 @@ def sample(
     """
     x, base = start_of(denoiser, x_T, solver, return_state)
     check_adjoint(adjoint, solver)
-    times = solver.times(denoiser.schedule, num_steps, grid, t_end, t_start)
-    table = table_of(solver, denoiser.schedule, times, grid, num_steps)
+    times, table = once(_planned, solver, denoiser.schedule, num_steps, grid, t_end, t_start)
     moves = _moves(denoiser, table, times, solver, corrector, constraint)
     if noise is not None:
         noise = _check_noise(noise, table, x, solver)
@@ -278,6 +278,14 @@ def check_adjoint(adjoint: Any, solver: Any) -> None:
             f"adjoint must be sf.adjoints.DiscreteAdjoint(...), ReversibleAdjoint() or None, got "
             f"{type(adjoint).__name__}."
         )
+
+
+def _planned(
+    solver: AbstractSampler, schedule: Any, num_steps: int | None, grid: Any, t_end: Any, t_start: Any
+) -> tuple[Any, Table]:
+    """The times that were asked for, and the table over them."""
+    times = solver.times(schedule, num_steps, grid, t_end, t_start)
+    return times, table_of(solver, schedule, times, grid, num_steps)
 
 
 def table_of(solver: AbstractSampler, schedule: Any, times: Any, grid: Any, num_steps: int | None) -> Table:

@@ -322,7 +322,7 @@ class Flow(AbstractSchedule):
 class Tabulated(_Preserving):
     """A table of N rates, as discrete models are trained with: log alpha is linear between the knots (i + 1) / N.
 
-    The label of such a model at time t is i = N t - 1.
+    At t = 0 there is no noise. The label of such a model at time t is i = N t - 1.
 
     Arguments:
         betas: N numbers between 0 and 1, e.g. ``numpy.linspace(1e-4, 0.02, 1000)``.
@@ -355,8 +355,9 @@ class Tabulated(_Preserving):
         self._check_span()
 
     def _knots(self) -> tuple[np.ndarray, np.ndarray]:
+        # From the data on, so that there is no noise at t = 0.
         count = len(self.betas)
-        return np.arange(1, count + 1) / count, np.cumsum(np.log1p(-np.asarray(self.betas))) / 2
+        return np.arange(count + 1) / count, np.append(0.0, np.cumsum(np.log1p(-np.asarray(self.betas))) / 2)
 
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""

@@ -77,6 +77,8 @@ def test_a_table_has_its_products_at_the_knots(x64):
     knots = np.arange(1, 1001) / 1000
     np.testing.assert_allclose(schedule.alpha(knots), np.sqrt(np.cumprod(1 - BETAS)), rtol=1e-12)
     assert schedule.t_min == 1e-3
+    with np.errstate(divide="ignore"):
+        assert (schedule.alpha(np.array(0.0)), schedule.sigma(np.array(0.0))) == (1.0, 0.0)
     # Not the continuous schedule that it comes from.
     gap = np.abs(schedule.log_alpha(knots) - VP().log_alpha(knots))
     assert schedule.log_alpha(np.array(1.0)) == pytest.approx(-5.0589, abs=5e-5)
