@@ -90,7 +90,7 @@ def light_sb(
         spread: the S that the components start with where an optimiser trains them alone.
         optim: an optax optimiser, in place of moments where covariances are full, and of Adam where they are diagonal,
             with a rate of .005 times the mean standard deviation of x1 in the coordinates, falling to 0 along a cosine.
-            Official: ``optax.adam(1e-3)`` at epsilon .1, 3e-3 at 1, with diagonal covariances.
+            The official code has ``optax.adam(1e-3)`` at epsilon .1, 3e-3 at 1, and diagonal covariances.
         batch_size: rows of each sample in an update.
         t0, t1: the horizon.
         progress: show it.
@@ -173,7 +173,8 @@ def light_sb(
     if throw and is_concrete(finite) and not bool(finite):
         raise SolveError(
             result,
-            "The loss of light_sb became infinite or NaN: scale the data, take fewer components, or lower the rate.",
+            "The loss of light_sb became infinite or NaN: scale the data, lower the rate of an optim=, or take "
+            'covariance="diagonal".',
         )
     return Bridge(clock, potential, back, history=history, result=result)
 

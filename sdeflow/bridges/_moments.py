@@ -30,7 +30,7 @@ _WINDOW = 20  # Batches in the running means while the components move.
 _SETTLE = 0.6  # The share of the updates after which the window grows.
 _WAIT = 0.08  # The share of them that only gathers moments.
 _PRIOR = 0.5  # Imaginary rows for each dimension.
-_FLOOR = 1e-6  # Of a variance, relative to that of the data.
+_FLOOR = 32  # Of a variance, in units of rounding of the data's total variance: less, and inverses fail.
 _SMALL = 1e-12  # Weights below are 0: subnormal numbers make products crawl.
 
 
@@ -54,10 +54,12 @@ def tiles(x: Float[Array, "n d"], y: Float[Array, "m d"], centres: Float[Array, 
     """
     K, d = centres.shape
     (m0, c0), (m1, c1) = ((z.mean(axis=0), jnp.cov(z.T, bias=True).reshape(d, d)) for z in (x, y))
-    c0, c1 = (c + _FLOOR * (jnp.trace(c) / d + epsilon) * jnp.eye(d, dtype=c.dtype) for c in (c0, c1))
+    c0, c1 = (c + _least(c, epsilon) * jnp.eye(d, dtype=c.dtype) for c in (c0, c1))
     values, turn = jnp.linalg.eigh(c0)
+    values = jnp.maximum(values, _least(c0, epsilon))
     root, back = (turn * values**power @ turn.T for power in (0.5, -0.5))
     values, turn = jnp.linalg.eigh(root @ c1 @ root)
+    values = jnp.maximum(values, jnp.finfo(values.dtype).eps * values[-1])
     # The difference of the root and epsilon / 2 without cancellation.
     inner = values / (jnp.sqrt(values + epsilon**2 / 4) + epsilon / 2)
     whole = back @ (turn * inner @ turn.T) @ back
@@ -67,7 +69,13 @@ def tiles(x: Float[Array, "n d"], y: Float[Array, "m d"], centres: Float[Array, 
     shifted = precision @ (m1 - whole @ m0) - narrow @ m1 + centres @ narrow / tau**2
     r = shifted @ covariance
     logs = ((r * shifted).sum(axis=1) - ((centres @ narrow) * centres).sum(axis=1) / tau**2) / 2
-    return Components(logs - jax.nn.logsumexp(logs), r, jnp.broadcast_to(covariance / epsilon, (K, d, d)))
+    pieces = Components(logs - jax.nn.logsumexp(logs), r, jnp.broadcast_to(covariance / epsilon, (K, d, d)))
+    # Rounding can leave S without an inverse where the data has many directions without variance.
+    plain = Components(
+        jnp.full_like(logs, -jnp.log(K)), centres, jnp.broadcast_to(jnp.eye(d, dtype=r.dtype), (K, d, d))
+    )
+    fine = jnp.stack([jnp.isfinite(leaf).all() for leaf in pieces]).all()
+    return jax.tree.map(lambda a, b: jnp.where(fine, a, b), pieces, plain)
 
 
 class _Cloud(NamedTuple):
@@ -158,8 +166,12 @@ def _steadied(cloud: _Cloud, rows: Array, epsilon: Array) -> Array:
     d = cloud.mean.shape[1]
     pooled = jnp.einsum("k,kde->de", cloud.mass, cloud.covariance) / cloud.mass.sum()
     f = (_PRIOR * d / (_PRIOR * d + rows * cloud.mass))[:, None, None]
-    floor = _FLOOR * (jnp.trace(pooled) / d + epsilon)
-    return (1 - f) * cloud.covariance + f * pooled + floor * jnp.eye(d, dtype=pooled.dtype)
+    return (1 - f) * cloud.covariance + f * pooled + _least(pooled, epsilon) * jnp.eye(d, dtype=pooled.dtype)
+
+
+def _least(covariance: Array, epsilon: Array) -> Array:
+    """What a variance is raised by, so that directions without any have an inverse."""
+    return _FLOOR * jnp.finfo(covariance.dtype).eps * (jnp.trace(covariance) + epsilon)
 
 
 def _moved(now: Components, x: _Cloud, y: _Cloud, epsilon: Array, rows: Array) -> Components:

@@ -149,3 +149,10 @@ def test_what_varies_too_fast_is_refused_or_nan():
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("waves", [64, 96, 160])
+def test_waves_that_are_even_about_each_piece_are_refused(waves):
+    wave = sf.equations.BrownianMotion(1, lambda t: jnp.sqrt(1 + jnp.cos(2 * jnp.pi * waves * t)))
+    with pytest.raises(ValueError, match="vary too fast"):
+        wave.transition(0.0, 1.0)
