@@ -37,7 +37,7 @@ class FactorIncrement(eqx.Module):
 
 
 def joint_factor(rates: tuple[float, ...], h: Array) -> Array:
-    """The lower triangular L with (W, I_1, ..., I_K) = sqrt(h) L z; W itself leads unless a rate is zero.
+    """The matrix L with (W, I_1, ..., I_K) = sqrt(h) L z; W itself leads unless a rate is zero.
 
     Arguments:
         rates: K rates in increasing order.
@@ -49,7 +49,9 @@ def joint_factor(rates: tuple[float, ...], h: Array) -> Array:
     node, weight = np.polynomial.legendre.leggauss(_NODES)
     node, weight = (node + 1) / 2, weight / 2
     s, weight = node**_POWER, weight * _POWER * node ** (_POWER - 1)
-    every = np.asarray(rates if rates[0] == 0 else (0.0, *rates))
+    # W, then the fastest first: what is left of a row when its turn comes shrinks from row to row. In the other order
+    # the nearly equal slow ones would leave directions that are rounding errors, along which fast ones still lie.
+    every = np.array([0.0, *(rate for rate in rates[::-1] if rate > 0)])
     h = jnp.abs(jnp.asarray(h, jnp.result_type(float)))
     V = jnp.asarray(np.sqrt(weight), h.dtype) * jnp.exp(-jnp.asarray(np.outer(every, s), h.dtype) * h[..., None, None])
     below = jnp.arange(len(every))
@@ -64,7 +66,8 @@ def joint_factor(rates: tuple[float, ...], h: Array) -> Array:
 
     # A loop, as code in a row is fused: a residue would be computed twice, rounded differently, and its direction would
     # not have length one.
-    return jnp.moveaxis(jax.lax.scan(eliminate, V, below)[1], 0, -1)
+    L = jnp.moveaxis(jax.lax.scan(eliminate, V, below)[1], 0, -1)
+    return jnp.concatenate([L[..., :1, :], L[..., :0:-1, :]], axis=-2)
 
 
 # Compiled, so that a path made outside of any trace does not compile its operations one by one.
