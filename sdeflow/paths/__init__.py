@@ -2,6 +2,10 @@
 
 from ._controls import AbstractControl as AbstractControl
 from ._factor_brownian import FactorBrownian as FactorBrownian
+from ._fractional_brownian import FractionalBrownian as FractionalBrownian
+from ._fractional_gaussian import estimate_hurst as estimate_hurst
+from ._fractional_gaussian import fgn_log_prob as fgn_log_prob
+from ._fractional_gaussian import fractional_posterior as fractional_posterior
 from ._grid_brownian import GridBrownian as GridBrownian
 from ._hermite_control import HermiteControl as HermiteControl
 from ._hermite_control import hermite_control as hermite_control

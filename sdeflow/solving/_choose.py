@@ -112,6 +112,24 @@ def check_stiff(equation: Any, solver: diffrax.AbstractSolver, grid: Grid) -> No
         )
 
 
+def check_rough(equation: Any) -> None:
+    """Refuse what exact fractional Brownian motion cannot drive.
+
+    Raises:
+        ValueError: for an Ito equation with state-dependent noise, or one that carries factors of its own.
+    """
+    if isinstance(equation, WithFactors):
+        raise ValueError(
+            "A FractionalSDE is driven by the factors of its own noise: pass key=, or path=noise.path(grid, shape, "
+            "key=...); a FractionalBrownian drives an sf.SDE."
+        )
+    if isinstance(equation, AbstractEquation) and equation.interpretation == "ito" and not equation.additive:
+        raise ValueError(
+            "Fractional Brownian motion has no Ito integral: write the equation with "
+            'interpretation="stratonovich", or say additive=True if the diffusion does not depend on the state.'
+        )
+
+
 def noise_of_grid(
     equation: Any, solver: diffrax.AbstractSolver, grid: Grid, structure: PyTree, key: Any, storage: Any
 ) -> GridBrownian:

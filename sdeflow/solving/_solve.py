@@ -24,6 +24,7 @@ from ..equations._chart import Reading
 from ..equations._terms import DriftTerm, check_raw_term
 from ..grids import Grid
 from ..grids._grid import cast
+from ..paths import FractionalBrownian
 from ..paths._rows import RowNoise
 from ..paths._tree import quiet_tree
 from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
@@ -43,6 +44,7 @@ from ._choose import (
     check_adapts,
     check_backwards,
     check_interpretation,
+    check_rough,
     check_stiff,
     choose_adjoint,
     choose_solver,
@@ -205,6 +207,8 @@ def solve(
             steps = steps._replace(own_grid=False)
         check_stiff(equation, solver, steps.grid)
         choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
+    if isinstance(path, FractionalBrownian):
+        check_rough(equation)
     for one in paths:
         check_path(one, solver, ts, None if steps is None else steps.grid, adaptive=adaptive, dt0=dt0)
     storage = None
