@@ -39,13 +39,11 @@ def check_hurst(hurst: Any, kind: Kind) -> Any:
     """
     if kind not in ("I", "II"):
         raise ValueError(f'kind must be "I" or "II", got {kind!r}.')
-    if jnp.ndim(hurst) != 0:
-        raise ValueError(f"hurst must be a scalar, got shape {jnp.shape(hurst)}.")
+    if np.ndim(hurst) != 0:
+        raise ValueError(f"hurst must be a scalar, got shape {np.shape(hurst)}.")
     if is_concrete(hurst):
         if not 0 < float(hurst) < 1:
-            raise ValueError(
-                f"hurst must lie strictly between 0 and 1, got {float(hurst)}: there is no other such noise."
-            )
+            raise ValueError(f"hurst must lie strictly between 0 and 1, got {float(hurst)}: there is no such noise.")
     elif kind == "II":
         raise ValueError(
             'The exact covariance of kind="II" needs a number for hurst: use sf.paths.MarkovFractionalNoise, or '
@@ -115,9 +113,9 @@ def fractional_posterior(
     """
     check_hurst(hurst, kind)
     ts, at = _positive_times(ts, "ts"), np.asarray(at, np.float64) if is_concrete(at) else at
-    if jnp.shape(xs) != jnp.shape(ts):
-        raise ValueError(f"xs must have shape {jnp.shape(ts)}, one value a time, got {jnp.shape(xs)}.")
-    noise = obs_std**2 * np.eye(jnp.shape(ts)[0])
+    if np.shape(xs) != np.shape(ts):
+        raise ValueError(f"xs must have shape {np.shape(ts)}, one value a time, got {np.shape(xs)}.")
+    noise = obs_std**2 * np.eye(np.shape(ts)[0])
     seen, both, own = (covariance(a[:, None], b[None], hurst, kind) for a, b in ((ts, ts), (at, ts), (at, at)))
     if is_concrete(seen, noise, xs):
         gain = np.linalg.solve(seen + noise, np.asarray(both).T).T
@@ -205,8 +203,8 @@ def estimate_hurst(
     """
     if method not in ("mle", "whittle"):
         raise ValueError(f'method must be "mle" or "whittle", got {method!r}.')
-    if jnp.ndim(xs) != 1 or jnp.shape(xs)[0] < 8:
-        raise ValueError(f"xs must have shape (n,) with at least 8 values, got {jnp.shape(xs)}: use vmap for batches.")
+    if np.ndim(xs) != 1 or np.shape(xs)[0] < 8:
+        raise ValueError(f"xs must have shape (n,) with at least 8 values, got {np.shape(xs)}: use vmap for batches.")
     if spacing is not None and is_concrete(spacing) and not float(spacing) > 0:
         raise ValueError(f"spacing must be positive, got {spacing}.")
     return _estimate(jnp.diff(jnp.asarray(xs, jnp.result_type(float))), spacing, method)

@@ -123,8 +123,8 @@ def _parts(increment: Any) -> list[Any]:
         return [increment.factors]
     if not hasattr(increment, "H"):
         raise ValueError(
-            "ExponentialHeun needs to know more of a step than W: drive it by noise.path(grid, shape, key=...), or by a "
-            "path with levy_area=diffrax.SpaceTimeLevyArea."
+            "ExponentialHeun needs to know more of a step than W: drive it by noise.path(grid, shape, key=...), or by "
+            "a path with levy_area=diffrax.SpaceTimeLevyArea."
         )
     return [getattr(increment, name) for name in ("W", "H", "K") if hasattr(increment, name)]
 

@@ -119,7 +119,7 @@ def check_rough(equation: Any) -> None:
         ValueError: for an Ito equation with state-dependent noise, or one that carries factors of its own.
     """
     if isinstance(equation, WithFactors):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004
             "A FractionalSDE is driven by the factors of its own noise: pass key=, or path=noise.path(grid, shape, "
             "key=...); a FractionalBrownian drives an sf.SDE."
         )
