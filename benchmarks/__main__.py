@@ -39,6 +39,7 @@ PARTS = {
     "series": "irregular series: a training step beside torchsde and diffrax, accuracy beside the peers",
     "bridges": "Schrödinger bridges: plans that are known, Gaussians, cells of a day held out",
     "latent": "latent stochastic equations: bound, bands and noise against a law that is known",
+    "fractional": "fractional noise: Hurst index, strong error, speed",
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",
 }

@@ -37,12 +37,14 @@ class FractionalState(eqx.Module):
     Arguments:
         x: the state of the equation.
         factors: leaves (num_factors, *shape), one set for every dimension of the noise.
-        path_kl: what the control has cost so far, in nats; None without a control.
+        path_kl: int |u|^2 / 2 dt so far, in nats; None without a control.
+        martingale: int u . dW so far, of mean zero; None without a control.
     """
 
     x: PyTree[Array]
     factors: PyTree[Array]
     path_kl: Any = None
+    martingale: Any = None
 
 
 class FractionalSDE(AbstractEquation):
@@ -59,7 +61,9 @@ class FractionalSDE(AbstractEquation):
             operator from the noise to x.
         noise: a `sdeflow.paths.MarkovFractionalNoise` whose horizon covers the solve.
         control: ``u(t, state, args)``, from a `FractionalState` to something like the noise, added to the Brownian
-            motion behind it; then ``sol.final.path_kl`` is the integral of |u|^2 / 2.
+            motion behind it; then ``sol.final.path_kl`` is the integral of |u|^2 / 2, and ``sol.final.martingale`` that
+            of u dW, without gradients in the control's own arrays: a bound on the evidence from which both are
+            subtracted has the same mean as without the second, and at the best control no variance.
         additive: promise that g does not depend on x; then every solver is right.
 
     Raises:
@@ -122,7 +126,8 @@ class FractionalSDE(AbstractEquation):
         structure = noise_structure(self.diffusion, t, x, args)
         factors = self.noise.start(structure, key=jax.random.key(0) if key is None else key)
         dtype = jnp.result_type(*jtu.tree_leaves(x))
-        return FractionalState(x, factors, None if self.control is None else jnp.zeros((), dtype))
+        zero = None if self.control is None else jnp.zeros((), dtype)
+        return FractionalState(x, factors, zero, zero)
 
     def terms(self, path: diffrax.AbstractPath | None = None) -> diffrax.AbstractTerm:
         """The terms for the state and its factors, a `FractionalState`.
@@ -171,6 +176,11 @@ class FractionalSDE(AbstractEquation):
             return None
         like = jtu.tree_map(lambda y: y[0], state.factors)
         return check_like(self.control(t, state, args), like, "control")
+
+    def held_push(self, t: Any, state: FractionalState, args: Any) -> PyTree | None:
+        """The control without gradients in its own arrays (Roeder, Wu and Duvenaud 2017)."""
+        stop = lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x
+        return eqx.tree_at(lambda e: e.control, self, jtu.tree_map(stop, self.control)).push(t, state, args)
 
 
 class WithFactors(AbstractEquation):
@@ -270,22 +280,25 @@ def _all_drift(equation: FractionalSDE, t: Any, y: FractionalState, args: Any) -
     tall = lambda v, y: v.reshape(-1, *(1,) * (y.ndim - 1)).astype(y.dtype)
     moved = jtu.tree_map(lambda y: (tall(change - w * rates, y) * y).sum(axis=0), y.factors)
     factors = jtu.tree_map(lambda y: -tall(rates, y) * y, y.factors)
-    kl = None
+    kl = still = None
     if u is not None:
         moved = jtu.tree_map(lambda m, u: m + w.sum().astype(u.dtype) * u, moved, u)
         factors = jtu.tree_map(lambda y, u: y + u, factors, u)
-        kl = half_square(u, y.path_kl)
-    return FractionalState(jtu.tree_map(jnp.add, b, apply_noise(g, moved)), factors, kl)
+        kl, still = half_square(u, y.path_kl), jnp.zeros_like(y.martingale)
+    return FractionalState(jtu.tree_map(jnp.add, b, apply_noise(g, moved)), factors, kl, still)
 
 
 def _all_noise(equation: FractionalSDE, t: Any, y: FractionalState, args: Any) -> lx.AbstractLinearOperator:
     _, g = equation.fields(t, y.x, args)
     whole = _weights(equation.noise, t)[0].sum()
+    u = None if equation.control is None else equation.held_push(t, y, args)
 
     def apply(w: PyTree) -> FractionalState:
         factors = jtu.tree_map(lambda y, w: jnp.broadcast_to(w, y.shape), y.factors, w)
         scaled = jtu.tree_map(lambda w: whole.astype(w.dtype) * w, w)
-        return FractionalState(apply_noise(g, scaled), factors, jtu.tree_map(jnp.zeros_like, y.path_kl))
+        if u is None:
+            return FractionalState(apply_noise(g, scaled), factors)
+        return FractionalState(apply_noise(g, scaled), factors, jnp.zeros_like(y.path_kl), inner(u, w, y.martingale))
 
     one = jtu.tree_map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), y.factors)
     return lx.FunctionLinearOperator(apply, one)
@@ -294,6 +307,12 @@ def _all_noise(equation: FractionalSDE, t: Any, y: FractionalState, args: Any) -
 def half_square(u: PyTree, like: Array) -> Array:
     """|u|^2 / 2, what a control costs in unit time."""
     return sum((jnp.sum(x**2) for x in jtu.tree_leaves(u)), jnp.zeros_like(like)) / 2
+
+
+def inner(u: PyTree, w: PyTree, like: Array) -> Array:
+    """U . w."""
+    products = jtu.tree_map(lambda u, w: jnp.sum(u * w), u, w)
+    return sum(jtu.tree_leaves(products), jnp.zeros_like(like))
 
 
 class _ItoDrift(eqx.Module):

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._compat import unwrap
-from ..equations._fractional import FactorDriftTerm, FractionalState, apply_noise, half_square
+from ..equations._fractional import FactorDriftTerm, FractionalState, apply_noise, half_square, inner
 from ..paths._markov_fractional import advance
 
 
@@ -74,11 +74,12 @@ class ExponentialHeun(diffrax.AbstractStratonovichSolver):
         h = jnp.where(direction > 0, t1 - t0, jnp.nan)
         increment = terms.terms[1].contr(t0, t1, use_levy=True)
         driven = jtu.tree_map(lambda *parts: _driven(rates, h, increment, parts), *_parts(increment))
-        u, kl = equation.push(t0, y0, args), y0.path_kl
+        u, kl, martingale = equation.push(t0, y0, args), y0.path_kl, y0.martingale
         if u is not None:
             held = h * _legendre(jnp.asarray(rates, h.dtype) * h, 0)
             driven = jtu.tree_map(lambda i, u: i + jnp.multiply.outer(held, u).astype(i.dtype), driven, u)
             kl = kl + half_square(u, kl) * h.astype(kl.dtype)
+            martingale = martingale + inner(equation.held_push(t0, y0, args), increment.W, martingale)
 
         constant = not callable(noise.hurst)
         w0 = noise.coefficients() if constant else noise.coefficients(t0)
@@ -96,8 +97,8 @@ class ExponentialHeun(diffrax.AbstractStratonovichSolver):
         mean = lambda x, *parts: x + sum(parts) / 2
         x1 = jtu.tree_map(mean, y0.x, first, second, kick, again)
 
-        y1 = FractionalState(x1, factors, kl)
-        still = jtu.tree_map(jnp.zeros_like, (factors, kl))
+        y1 = FractionalState(x1, factors, kl, martingale)
+        still = jtu.tree_map(jnp.zeros_like, (factors, kl, martingale))
         error = FractionalState(jtu.tree_map(jnp.subtract, x1, euler), *still)
         return y1, error, {"y0": y0, "y1": y1}, None, diffrax.RESULTS.successful
 
