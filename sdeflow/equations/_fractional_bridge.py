@@ -10,7 +10,8 @@ so an observation y of X(T) with deviation s has the density N(y; c . z, v + s^2
     u(t, z) = g (y - c . z) / (v + s^2)
 
 is the control under which the bound on its evidence is the evidence, path by path once int u dW is taken off. Source:
-the construction of Daems et al., ICLR 2024, whose control is learned; with s = 0 it is the bridge of Nobis et al., 2025.
+the construction of Daems et al., ICLR 2024, whose control is learned; with s = 0 it is the bridge of Nobis et al.,
+NeurIPS 2025.
 """
 
 from typing import Any

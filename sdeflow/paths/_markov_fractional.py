@@ -46,8 +46,8 @@ class MarkovFractionalNoise(eqx.Module):
     factors or more) and from 1/horizon for type II.
 
     Arguments:
-        hurst: H, between 0.02 and 0.98: below 1/2 the noise turns back, above 1/2 it persists. For type II also a
-            function of time, for noise whose roughness changes: then B(t) = sum_k w_k(H(t)) Y_k(t).
+        hurst: H, between 0.02 and 0.98; below 1/2 the noise turns back, above 1/2 it persists. For type II also a
+            function of time, where its roughness changes, and B(t) = sum_k w_k(H(t)) Y_k(t).
         horizon: T; the law is right on [0, T].
         spacing: the shortest time between observations at which the law matters: the fastest rate is 2 / spacing.
         kind: "I", stationary increments and a long past; "II", nothing before time 0.
