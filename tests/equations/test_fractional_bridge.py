@@ -37,7 +37,11 @@ def bounds(bridge, n, paths=2000):
 
 @pytest.mark.parametrize(
     ("hurst", "theta", "evidence", "spread"),
-    [(0.3, 1.0, -1.21402, 0.271), (0.7, 1.0, -1.19634, 0.071), (0.7, 0.0, -1.25661, 0.110)],
+    [
+        (0.3, 1.0, -1.21402, 0.271),
+        pytest.param(0.7, 1.0, -1.19634, 0.071, marks=pytest.mark.slow),
+        (0.7, 0.0, -1.25661, 0.110),
+    ],
 )
 def test_the_bound_is_the_evidence(hurst, theta, evidence, spread):
     bridge = bridge_of(hurst, theta)

@@ -169,8 +169,8 @@ def test_the_index_is_recovered(method):
     estimate = jax.jit(jax.vmap(lambda x: sf.paths.estimate_hurst(x, method=method), in_axes=1))
     spread = {0.1: 0.014, 0.3: 0.026, 0.5: 0.029, 0.7: 0.023, 0.9: 0.026}
     for hurst, sd in spread.items():
-        if method == "mle" and hurst in (0.1, 0.5, 0.9):
-            continue  # the benchmark has them
+        if method == "mle" and hurst != 0.3:
+            continue  # the benchmark has the others
         found = np.asarray(estimate(make(hurst)))
         assert abs(found.mean() - hurst) < 3 * sd / np.sqrt(30) + 0.01
         assert 0.6 * sd < found.std() < 1.6 * sd
@@ -178,7 +178,7 @@ def test_the_index_is_recovered(method):
 
 def test_a_known_scale_says_more_and_a_free_one_is_ignored():
     values = sf.paths.FractionalBrownian(np.linspace(0, 1, 513), (), key=KEYS[1], hurst=0.3).values
-    known = float(sf.paths.estimate_hurst(values, spacing=1 / 512))
+    known = float(sf.paths.estimate_hurst(values, spacing=1 / 512, method="whittle"))
     assert known == pytest.approx(0.3, abs=0.015)
     free, scaled = (float(sf.paths.estimate_hurst(c * values, method="whittle")) for c in (1.0, 1e4))
     assert free == pytest.approx(scaled, abs=1e-3)

@@ -138,16 +138,18 @@ def test_an_index_that_depends_on_time_moves_the_level():
 
 def test_the_weights_of_the_areas_are_moments_and_miss_what_they_should():
     z = np.array([1e-4, 0.1, 1.0, 1.4999, 1.5001, 3.0, 20.0])
-    a = [np.asarray(_legendre(jnp.asarray(z), n)) for n in range(3)]
+    legendre = jax.jit(_legendre, static_argnums=1)
+    a = [np.asarray(legendre(jnp.asarray(z), n)) for n in range(3)]
     for n in range(3):
         exact = [
             integrate.quad(lambda x, v=v, n=n: np.exp(-v * (1 - x)) * eval_legendre(n, 2 * x - 1), 0, 1)[0] for v in z
         ]
         np.testing.assert_allclose(a[n], exact, rtol=2e-10, atol=1e-14)
         with jax.enable_x64(False):
-            rough = _legendre(jnp.asarray(z, jnp.float32), n)
+            rough = legendre(jnp.asarray(z, jnp.float32), n)
         np.testing.assert_allclose(rough, exact, rtol=2e-4, atol=1e-7)
-        assert np.isfinite(jax.grad(lambda v, n=n: _legendre(v, n).sum())(jnp.asarray(np.append(0.0, z)))).all()
+        slopes = jax.jit(jax.grad(lambda v, n=n: _legendre(v, n).sum()))(jnp.asarray(np.append(0.0, z)))
+        assert np.isfinite(slopes).all()
     whole = -np.expm1(-2 * z) / (2 * z)
     missed = 1 - (a[0] ** 2 + 3 * a[1] ** 2) / whole
     np.testing.assert_allclose(missed[[2, 5, 6]], [1.2e-3, 0.049, 0.66], rtol=0.05)
@@ -205,12 +207,7 @@ def test_gradients_agree_and_diffrax_takes_the_same_steps():
             .sum()
         )
 
-    adjoints = (
-        sf.adjoints.DiscreteAdjoint(),
-        sf.adjoints.DiscreteAdjoint("sqrt"),
-        dfx.RecursiveCheckpointAdjoint(),
-        dfx.DirectAdjoint(),
-    )
+    adjoints = (sf.adjoints.DiscreteAdjoint(), dfx.RecursiveCheckpointAdjoint())
     found = [float(jax.jit(jax.grad(lambda h, a=a: value(h, a)))(0.3)) for a in adjoints]
     forward = float(jax.jit(jax.jacfwd(lambda h: value(h, dfx.ForwardMode())))(0.3))
     np.testing.assert_allclose(found, forward, rtol=1e-9)
