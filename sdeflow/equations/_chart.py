@@ -12,14 +12,22 @@ class Chart(eqx.Module):
 
     Arguments:
         equation: an `AbstractEquation` for the other coordinates.
-        start: their start.
+        start: their start, or a module that makes it of ``(ts, args, key)``.
         read: ``read(x)``, the state that they stand for. If it has a method ``notes(x)``, the dict that this returns
-            for the last x joins ``sol.stats``.
+            for the last x joins ``sol.stats``; with a method ``final(x)``, that is ``sol.final``.
     """
 
     equation: Any
-    start: PyTree[Array]
+    start: Any
     read: Callable[[PyTree], PyTree]
+
+    def begin(self, ts: Any, args: Any, key: Any) -> PyTree[Array]:
+        """The start of a solve with these times, arguments and key."""
+        return self.start(ts, args, key) if callable(self.start) else self.start
+
+    def final(self, x: PyTree) -> PyTree:
+        """What to return of the last x."""
+        return getattr(self.read, "final", self.read)(x)
 
     def notes(self, x: PyTree) -> dict[str, Array]:
         """What to say of the last x."""

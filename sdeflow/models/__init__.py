@@ -11,6 +11,7 @@ from ._stable import NeuralGeometricSDE as NeuralGeometricSDE
 from ._stable import NeuralLangevinSDE as NeuralLangevinSDE
 from ._stable import NeuralLinearNoiseSDE as NeuralLinearNoiseSDE
 from .series import ODERNN as ODERNN
+from .series import FractionalLatentSDE as FractionalLatentSDE
 from .series import LatentODE as LatentODE
 from .series import LatentSDE as LatentSDE
 from .series import SeriesModel as SeriesModel

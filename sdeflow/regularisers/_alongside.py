@@ -9,12 +9,19 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ..solvers import DiagonalMilstein
+from ..solvers import DiagonalMilstein, ExponentialHeun
 from ..solvers._charging import beside
 from ._measures import drift_of
 from ._states import AbstractStateRegulariser
 
-OF_THEIR_OWN = (DiagonalMilstein, diffrax.ALIGN, diffrax.ShOULD, diffrax.QUICSORT, diffrax.SemiImplicitEuler)
+OF_THEIR_OWN = (
+    DiagonalMilstein,
+    ExponentialHeun,
+    diffrax.ALIGN,
+    diffrax.ShOULD,
+    diffrax.QUICSORT,
+    diffrax.SemiImplicitEuler,
+)
 
 
 def alongside(

@@ -2,4 +2,5 @@
 
 from ._diagonal_milstein import DiagonalMilstein as DiagonalMilstein
 from ._exponential_adams import ExponentialAdams as ExponentialAdams
+from ._exponential_heun import ExponentialHeun as ExponentialHeun
 from ._mccallum_foster import McCallumFoster as McCallumFoster

@@ -9,13 +9,17 @@ from typing import Any
 import diffrax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optimistix as optx
 from jaxtyping import PyTree
 
 from .._compat import use_stepsize_tol
 from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
-from ..solvers import ExponentialAdams, McCallumFoster
+from ..equations._fractional import STIFF, WithFactors
+from ..grids import Grid
+from ..paths import FactorBrownian, GridBrownian
+from ..solvers import ExponentialAdams, ExponentialHeun, McCallumFoster
 from ..solvers._charging import Charging
 from ..solvers._newton import StageNewton
 from ..solvers._unrolled import unrolled
@@ -41,6 +45,8 @@ def choose_solver(equation: AbstractEquation, fixed: bool) -> tuple[diffrax.Abst
         return diffrax.Tsit5(), "order 5, the usual choice for ordinary equations"
     if isinstance(equation, UnderdampedLangevin):
         return diffrax.ALIGN(0.1), "strong order 2 for underdamped Langevin dynamics"
+    if isinstance(equation, WithFactors) and equation.interpretation == "stratonovich":
+        return ExponentialHeun(), "exact for the factors of fractional noise at any step length"
     if equation.additive:
         return diffrax.ShARK(), "strong order 1.5 for additive noise"
     if equation.interpretation == "ito":
@@ -89,6 +95,55 @@ def check_interpretation(equation: AbstractEquation, solver: diffrax.AbstractSol
             "An Ito equation with state-dependent noise has two inequivalent limits when ts decreases: solve "
             "equation.to_stratonovich(), whose reverse-time limit is unique."
         )
+
+
+def check_stiff(equation: Any, solver: diffrax.AbstractSolver, grid: Grid) -> None:
+    """Refuse steps too long for the fastest factor of fractional noise, where they are known.
+
+    Raises:
+        ValueError: for an explicit method at ``max_rate * h >= 0.5``, which inflates that factor's variance.
+    """
+    if not isinstance(equation, WithFactors) or _has(solver, ExponentialHeun) or not grid.is_concrete:
+        return
+    longest = float(np.abs(np.asarray(grid.right) - np.asarray(grid.left)).max())
+    fastest = equation.rates[-1]
+    if longest * fastest >= STIFF:
+        raise ValueError(
+            f"{type(solver).__name__} takes steps of {longest:g}, but the fastest factor of the noise has the rate "
+            f"{fastest:g}, and explicit steps are wrong about it from {STIFF / fastest:g} on: use "
+            "sf.solvers.ExponentialHeun(), which is exact for the factors, or a smaller dt0."
+        )
+
+
+def check_rough(equation: Any) -> None:
+    """Refuse what exact fractional Brownian motion cannot drive.
+
+    Raises:
+        ValueError: for an Ito equation with state-dependent noise, or one that carries factors of its own.
+    """
+    if isinstance(equation, WithFactors):
+        raise ValueError(  # noqa: TRY004
+            "A FractionalSDE is driven by the factors of its own noise: pass key=, or path=noise.path(grid, shape, "
+            "key=...); a FractionalBrownian drives an sf.SDE."
+        )
+    if isinstance(equation, AbstractEquation) and equation.interpretation == "ito" and not equation.additive:
+        raise ValueError(
+            "Fractional Brownian motion has no Ito integral: write the equation with "
+            'interpretation="stratonovich", or say additive=True if the diffusion does not depend on the state.'
+        )
+
+
+def noise_of_grid(
+    equation: Any, solver: diffrax.AbstractSolver, grid: Grid, structure: PyTree, key: Any, storage: Any
+) -> GridBrownian:
+    """The noise of a grid: Brownian motion with the Levy area or the integrals that the solver reads."""
+    if isinstance(equation, WithFactors) and _has(solver, ExponentialHeun):
+        return FactorBrownian(grid, structure, rates=equation.rates, key=key, storage=storage)
+    return GridBrownian(grid, structure, key=key, levy_area=levy_area_for(solver), storage=storage)
+
+
+def _has(solver: Any, kind: type) -> bool:
+    return any(isinstance(one, kind) for one in _solvers_within(solver))
 
 
 def check_adapts(solver: diffrax.AbstractSolver, noisy: bool) -> None:
@@ -235,6 +290,8 @@ def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
         return None if inner is None else (2 * (inner[0] + inner[1]), 0)
     if type(solver) in _ONE_SLOPE:
         return 1, 0
+    if type(solver) is ExponentialHeun:
+        return 2, 0
     if type(solver) is diffrax.ReversibleHeun:
         return 1, 1
     tableau = getattr(solver, "tableau", None)

@@ -24,7 +24,7 @@ from ..equations._chart import Reading
 from ..equations._terms import DriftTerm, check_raw_term
 from ..grids import Grid
 from ..grids._grid import cast
-from ..paths import GridBrownian
+from ..paths import FractionalBrownian
 from ..paths._rows import RowNoise
 from ..paths._tree import quiet_tree
 from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
@@ -44,11 +44,14 @@ from ._choose import (
     check_adapts,
     check_backwards,
     check_interpretation,
+    check_rough,
+    check_stiff,
     choose_adjoint,
     choose_solver,
     choose_storage,
     evaluations,
     levy_area_for,
+    noise_of_grid,
     resolve_coupling,
     resolve_tolerances,
     wrong_backwards,
@@ -202,7 +205,10 @@ def solve(
         if raw:
             # A path within the terms has a grid of its own, which need not be that of the steps.
             steps = steps._replace(own_grid=False)
+        check_stiff(equation, solver, steps.grid)
         choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
+    if isinstance(path, FractionalBrownian):
+        check_rough(equation)
     for one in paths:
         check_path(one, solver, ts, None if steps is None else steps.grid, adaptive=adaptive, dt0=dt0)
     storage = None
@@ -250,9 +256,10 @@ def _in_coordinates(chart: Chart, ts: Any, *, save_fn: Any, event: Any, **option
     if event is not None:
         reading = jtu.tree_map(lambda fn: Reading(chart.read, fn), event.cond_fn, is_leaf=callable)
         event = eqx.tree_at(lambda e: e.cond_fn, event, reading, is_leaf=callable)
-    sol = solve(chart.equation, chart.start, ts, save_fn=Reading(chart.read, save_fn), event=event, **options)
+    start = chart.begin(ts, options["args"], options["key"])
+    sol = solve(chart.equation, start, ts, save_fn=Reading(chart.read, save_fn), event=event, **options)
     stats = {**sol.stats, **chart.notes(sol.final)}
-    return eqx.tree_at(lambda s: (s.final, s.stats), sol, (chart.read(sol.final), stats))
+    return eqx.tree_at(lambda s: (s.final, s.stats), sol, (chart.final(sol.final), stats))
 
 
 @eqx.filter_jit
@@ -291,7 +298,7 @@ def _run(
                 levy_area_for(solver),
             )  # fmt: skip
         else:
-            path = GridBrownian(steps.grid, structure, key=key, levy_area=levy_area_for(solver), storage=storage)  # pyright: ignore
+            path = noise_of_grid(equation, solver, steps.grid, structure, key, storage)  # pyright: ignore
     terms = equation if _is_terms(equation) else equation.terms(path)
     _check_raw_terms(terms, y0, ts, args)
 

@@ -104,7 +104,7 @@ def samples(n=40):
     return rng.normal(size=(n, 2)), 0.5 * rng.normal(size=(n, 2)) + np.array([1.0, -0.5])
 
 
-@pytest.mark.parametrize("kind", ["sinkhorn", "light"])
+@pytest.mark.parametrize("kind", ["sinkhorn", pytest.param("light", marks=pytest.mark.slow)])
 def test_bridges_of_samples_obey_a_change_of_time(kind):
     x0, x1 = samples()
     light = {"num_components": 3, "steps": 40, "key": jr.key(0), "backward": "samples"}

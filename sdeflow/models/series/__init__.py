@@ -1,6 +1,7 @@
 """Models of time series: an encoder, an equation driven by the observations, a readout."""
 
 from ._base import AbstractSeriesModel as AbstractSeriesModel
+from ._fractional import FractionalLatentSDE as FractionalLatentSDE
 from ._latent import AbstractLatentModel as AbstractLatentModel
 from ._latent import LatentODE as LatentODE
 from ._latent import LatentSDE as LatentSDE

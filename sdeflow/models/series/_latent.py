@@ -199,11 +199,11 @@ class _Posterior(AbstractEquation):
         """Whether the noise is the same everywhere."""
         return self.prior.additive
 
-    def push(self, t: Any, y: Array, context: _Context) -> Array:
-        """U: a pull towards a target, both of which know what is to come, and a rest."""
+    def push(self, t: Any, y: Array, context: _Context, *memory: Array) -> Array:
+        """U: a pull towards a target, both of which know what is to come, and a rest, which sees ``memory`` too."""
         seen, more = context.at(t)
         strength, target = jnp.split(self.pull(seen), 2)
-        u = jax.nn.softplus(strength) * (target - y) + self.bend(jnp.concatenate([seen, y]))
+        u = jax.nn.softplus(strength) * (target - y) + self.bend(jnp.concatenate([seen, y, *memory]))
         return jnp.where(more, u, 0)
 
     def drift(self, t: Any, y: Array, args: Any) -> Array:

@@ -1,0 +1,123 @@
+"""The bridge of a linear equation driven by fractional noise to an observation of its end, in closed form.
+
+For dX = -theta X dt + dB with the factors Y of B, the state at the end is, given z = (X, Y) at a time tau before it,
+
+    X(T) = c(tau) . z + int g dW,      g(tau) = c_0 w + sum_k c_k,      w = sum_k w_k,
+    c_0 = exp(-theta tau),      c_k = -w_k rate_k int_0^tau exp(-theta (tau - s) - rate_k s) ds,
+
+so an observation y of X(T) with deviation s has the density N(y; c . z, v + s^2), v(tau) = int_0^tau g^2, and
+
+    u(t, z) = g (y - c . z) / (v + s^2)
+
+is the control under which the bound on its evidence is the evidence, path by path once int u dW is taken off. Source:
+the construction of Daems et al., ICLR 2024, whose control is learned; with s = 0 it is the bridge of Nobis et al.,
+NeurIPS 2025.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ..paths import MarkovFractionalNoise
+from ._fractional import FractionalSDE, FractionalState
+
+_NODES, _POWER = 64, 3
+
+
+class FractionalBridge(eqx.Module):
+    """The control that makes dX = -theta X dt + dB end at an observation; each entry of the state is on its own.
+
+    Arguments:
+        noise: a `sdeflow.paths.MarkovFractionalNoise` with an index that does not depend on time.
+        theta: the rate of decay; 0 is the noise itself.
+        t1: the time of the observation.
+        value: what was observed.
+        obs_std: its standard deviation; with 0 paths end exactly there as steps are refined.
+
+    Raises:
+        TypeError: if the noise is of another kind.
+        ValueError: if its Hurst index depends on time, or theta or the deviation is negative.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sdeflow as sf
+        >>> noise = sf.paths.MarkovFractionalNoise(0.7, 1.0, kind="II")
+        >>> bridge = sf.equations.FractionalBridge(noise, theta=0.0, t1=1.0, value=2.0, obs_std=0.0)
+        >>> sol = sf.solve(bridge.equation(), jnp.zeros(3), [0.0, 1.0], dt0=0.01, key=jax.random.key(0))
+        >>> bool(jnp.all(jnp.abs(sol.ys[-1] - 2.0) < 0.3))
+        True
+    """
+
+    noise: MarkovFractionalNoise
+    theta: Any
+    t1: Any
+    value: Any
+    obs_std: Any
+
+    def __init__(self, noise: MarkovFractionalNoise, theta: Any, t1: Any, value: Any, obs_std: Any = 0.0):
+        if not isinstance(noise, MarkovFractionalNoise):
+            raise TypeError(f"noise must be a sf.paths.MarkovFractionalNoise, got {type(noise).__name__}.")
+        if callable(noise.hurst):
+            raise ValueError(  # noqa: TRY004
+                "The bridge is known for a Hurst index that does not depend on time."
+            )
+        for name, x in (("theta", theta), ("obs_std", obs_std)):
+            if isinstance(x, int | float) and x < 0:
+                raise ValueError(f"{name} must not be negative, got {x}.")
+        self.noise, self.theta, self.t1, self.value, self.obs_std = noise, theta, t1, value, obs_std
+
+    def equation(self) -> FractionalSDE:
+        """The equation of the bridge; without its control it is that of the prior."""
+        theta = self.theta
+        return FractionalSDE(
+            lambda t, x, args: -theta * x, lambda t, x, args: jnp.ones_like(x), self.noise, control=self, additive=True
+        )
+
+    def __call__(self, t: Any, state: FractionalState, args: Any = None) -> Array:
+        """The control u(t, z)."""
+        del args
+        x = state.x
+        tau = jnp.asarray(self.t1 - t, x.dtype)
+        mean, variance = self._end(tau, state)
+        pull = _weighted(self._response(tau), jnp.asarray(self.noise.coefficients(), x.dtype))
+        # At the end itself, which no step starts from, a bridge without noise has no control.
+        safe = jnp.where(variance > 0, variance, 1)
+        return jnp.where(variance > 0, pull * (self.value - mean) / safe, 0).astype(x.dtype)
+
+    def log_evidence(self, t: Any, state: FractionalState) -> Array:
+        """The log density of the observation given the state at time ``t``, summed over its entries."""
+        mean, variance = self._end(jnp.asarray(self.t1 - t, state.x.dtype), state)
+        return jax.scipy.stats.norm.logpdf(self.value, mean, jnp.sqrt(variance)).sum()
+
+    def _response(self, tau: Array) -> tuple[Array, Array]:
+        """c_0 and c_k / w_k."""
+        rates, theta = jnp.asarray(self.noise.rates, tau.dtype), jnp.asarray(self.theta, tau.dtype)
+        gap = jnp.abs(theta - rates) * tau[..., None]
+        # (1 - exp(-gap)) / gap, and its limit 1.
+        near = gap < 1e-4
+        ratio = jnp.where(near, 1 - gap / 2, -jnp.expm1(-gap) / jnp.where(near, 1, gap))
+        slower = jnp.exp(-jnp.minimum(theta, rates) * tau[..., None])
+        return jnp.exp(-theta * tau), -rates * slower * tau[..., None] * ratio
+
+    def _end(self, tau: Array, state: FractionalState) -> tuple[Array, Array]:
+        """The mean and the variance of the observation given the state a time ``tau`` before it."""
+        x, w = state.x, jnp.asarray(self.noise.coefficients(), tau.dtype)
+        c0, ratio = self._response(tau)
+        tall = (w * ratio).reshape(-1, *(1,) * x.ndim)
+        mean = c0 * x + (tall * state.factors).sum(axis=0)
+        # By quadrature refined where fast factors still have a response.
+        node, weight = np.polynomial.legendre.leggauss(_NODES)
+        node, weight = (node + 1) / 2, weight / 2
+        at, weight = node**_POWER, weight * _POWER * node ** (_POWER - 1)
+        g = _weighted(self._response(tau * jnp.asarray(at, tau.dtype)), w)
+        variance = tau * (jnp.asarray(weight, tau.dtype) * g**2).sum()
+        return mean, variance + jnp.asarray(self.obs_std, tau.dtype) ** 2
+
+
+def _weighted(response: tuple[Array, Array], w: Array) -> Array:
+    """g: what an impulse of the Brownian motion does to the end."""
+    c0, ratio = response
+    return c0 * w.sum() + (w * ratio).sum(axis=-1)

@@ -1,0 +1,70 @@
+"""A latent equation with memory: bounds below a known evidence, gradients in H, samples with the noise's law."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdeflow as sf
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return sf.data.simulated_series(4, num_channels=2, key=KEY)[0]
+
+
+def horizon_of(data):
+    return float(max(t[-1] - t[0] for t in data.times)) * 1.5
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    return sf.models.FractionalLatentSDE(
+        2, latent_size=3, width=8, context_size=4, hurst=0.7, horizon=horizon_of(data), steps_per_interval=2, key=KEY
+    )
+
+
+def test_bounds_samples_and_forecasts(model, data):
+    bound = model.elbo(data, key=KEY)
+    assert bound.shape == (4,)
+    assert np.isfinite(bound).all()
+    np.testing.assert_allclose(model.elbo(data, key=KEY), bound)
+    assert model.sample(np.linspace(0.0, 1.0, 5), 3, key=KEY).shape == (3, 5, 2)
+
+
+def test_the_index_has_a_gradient_and_the_rates_have_none(model, data):
+    batch = next(iter(data.batches(4, KEY)))
+
+    def loss(model):
+        return sf.losses.ELBO()(model, batch, KEY, jnp.zeros((), jnp.int32))[0]
+
+    slope = eqx.filter_jit(eqx.filter_grad(loss))(model)
+    assert np.isfinite(slope.memory._logit)
+    assert slope.memory._logit != 0
+    assert len(jax.tree_util.tree_leaves(slope.memory)) == 1
+    assert all(np.isfinite(x).all() for x in jax.tree_util.tree_leaves(slope))
+
+
+def test_prior_paths_have_the_variance_of_the_noise():
+    model = sf.models.FractionalLatentSDE(
+        1, latent_size=1, width=4, context_size=4, hurst=0.3, additive=True, decoder="identity", key=KEY
+    )
+    still = jax.tree_util.tree_map(lambda x: 0 * x if eqx.is_array(x) else x, model.posterior.prior.h)
+    model = eqx.tree_at(lambda m: m.posterior.prior.h, model, still)
+    draw = lambda key: model.path(jnp.zeros(1), jnp.array([0.0, 0.25, 1.0]), None, key=key, regularisers=())[0].ys[
+        1:, 0
+    ]
+    found = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(KEY, 4000)))
+    scale = float(model.posterior.prior.g(jnp.zeros(1))[0]) ** 2
+    for x, t in zip(found.T, (0.25, 1.0)):
+        exact = scale * float(model.memory.covariance(t, t))
+        assert abs(x.var() / exact - 1) < 5 * np.sqrt(2 / 4000)
+
+
+def test_a_horizon_too_short_fails(model, data):
+    short = sf.models.FractionalLatentSDE(2, latent_size=3, width=8, context_size=4, horizon=1e-3, key=KEY)
+    with pytest.raises(sf.SolveError):
+        short.elbo(data, key=KEY)
