@@ -74,7 +74,7 @@ $(VENV)/.stamp-bench: $(SETUP)
 
 $(VENV)/.stamp-lint: $(SETUP)
 	@echo "installing the checkers"
-	@$(PIP) -e ".[dev,plot,progress,single-cell]"
+	@$(PIP) -e ".[dev,demo,plot,progress,single-cell]"
 	$(STAMP)
 
 $(VENV)/.stamp-docs: $(SETUP)
