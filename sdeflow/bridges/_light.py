@@ -141,7 +141,7 @@ def light_sb(
         if covariance == "full" and optim is None:
             updates = max(min(steps, _LEAST), steps // _SHARE)
             stage = Moments(clock.epsilon, updates, 10 * batch_size)
-            now = tiles(*_batch(Moments(clock.epsilon, 1, _PILOT), data, 0), centres, clock.epsilon)
+            now = tiles(*_batch(_PILOT, data, 0), now, clock.epsilon)
             state, loss = _train(stage, now, data, updates, progress)
             losses.append(loss)
             learned = Full.of(state.now, clock.epsilon)
@@ -207,9 +207,9 @@ def _train(
     return state, jnp.stack(losses)
 
 
-def _batch(stage: Moments | Descent, data: tuple[Array, ...], number: Any) -> tuple[Array, Array]:
+def _batch(size: int, data: tuple[Array, ...], number: Any) -> tuple[Array, Array]:
     x, y, *orders = data
-    places = number * stage.batch_size + jnp.arange(stage.batch_size)
+    places = number * size + jnp.arange(size)
     for_x, for_y = (order[places % len(order)] for order in orders)
     return x[for_x], y[for_y]
 
@@ -217,14 +217,14 @@ def _batch(stage: Moments | Descent, data: tuple[Array, ...], number: Any) -> tu
 @eqx.filter_jit
 def _begin(stage: Moments | Descent, now: Any, data: tuple[Array, ...]) -> Any:
     with jax.default_matmul_precision("highest"):
-        return stage.start(now, *_batch(stage, data, 0))
+        return stage.start(now, *_batch(stage.batch_size, data, 0))
 
 
 @eqx.filter_jit
 def _chunk(stage: Moments | Descent, state: Any, data: tuple[Array, ...], first: Array, last: Array) -> Any:
     def one(number: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
         state, total = carry
-        state, loss = stage.step(state, *_batch(stage, data, number), number)
+        state, loss = stage.step(state, *_batch(stage.batch_size, data, number), number)
         return state, total + loss
 
     with jax.default_matmul_precision("highest"):

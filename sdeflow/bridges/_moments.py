@@ -42,16 +42,19 @@ class Components(NamedTuple):
     spread: Float[Array, "K d d"]
 
 
-def tiles(x: Float[Array, "n d"], y: Float[Array, "m d"], centres: Float[Array, "K d"], epsilon: Array) -> Components:
+@eqx.filter_jit
+def tiles(x: Float[Array, "n d"], y: Float[Array, "m d"], plain: Components, epsilon: Array) -> Components:
     r"""The bridge between two Gaussians, its end cut into K equal pieces.
 
     The Gaussians with the moments of x and y have the bridge with one component, ``r = m - S m0`` and
 
         S = C0^-1/2 [ (C0^1/2 C1 C0^1/2 + epsilon^2 / 4)^1/2 - epsilon / 2 ] C0^-1/2.
 
-    Its potential v, times N(y_k, tau^2 C1) / N(m, C1) with ``tau = K^(-1/d)``, is component k: the starts of each piece
-    are then where the whole bridge has them, though S is far from 1 or epsilon small.
+    Its potential v, times N(y_k, tau^2 C1) / N(m, C1) with ``tau = K^(-1/d)``, is component k, for the centres y_k of
+    ``plain``: the starts of each piece are then where the whole bridge has them, though S is far from 1 or epsilon
+    small. It is ``plain`` itself where rounding leaves S without an inverse, as in many directions without variance.
     """
+    centres = plain.centres
     K, d = centres.shape
     (m0, c0), (m1, c1) = ((z.mean(axis=0), jnp.cov(z.T, bias=True).reshape(d, d)) for z in (x, y))
     c0, c1 = (c + _least(c, epsilon) * jnp.eye(d, dtype=c.dtype) for c in (c0, c1))
@@ -70,10 +73,6 @@ def tiles(x: Float[Array, "n d"], y: Float[Array, "m d"], centres: Float[Array, 
     r = shifted @ covariance
     logs = ((r * shifted).sum(axis=1) - ((centres @ narrow) * centres).sum(axis=1) / tau**2) / 2
     pieces = Components(logs - jax.nn.logsumexp(logs), r, jnp.broadcast_to(covariance / epsilon, (K, d, d)))
-    # Rounding can leave S without an inverse where the data has many directions without variance.
-    plain = Components(
-        jnp.full_like(logs, -jnp.log(K)), centres, jnp.broadcast_to(jnp.eye(d, dtype=r.dtype), (K, d, d))
-    )
     fine = jnp.stack([jnp.isfinite(leaf).all() for leaf in pieces]).all()
     return jax.tree.map(lambda a, b: jnp.where(fine, a, b), pieces, plain)
 

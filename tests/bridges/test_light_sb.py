@@ -131,13 +131,16 @@ def test_the_first_guess_is_the_bridge_of_gaussians_in_pieces():
     (m0, c0), (m1, c1), S, r = gaussian_pair(3)
     rows = lambda mean, cov: mean + np.sqrt(3) * np.concatenate([np.eye(3), -np.eye(3)]) @ np.linalg.cholesky(cov).T
     x, y = (jnp.asarray(rows(*pair)) for pair in ((m0, c0), (m1, c1)))
-    whole = tiles(x, y, jnp.asarray(m1)[None], jnp.array(0.5))
+    plain = lambda centres: Components(
+        jnp.zeros(len(centres)), centres, jnp.broadcast_to(jnp.eye(3), (len(centres), 3, 3))
+    )
+    whole = tiles(x, y, plain(jnp.asarray(m1)[None]), jnp.array(0.5))
     np.testing.assert_allclose(whole.spread[0], S, atol=1e-10)
     np.testing.assert_allclose(whole.centres[0], r, atol=1e-10)
     # Pieces around points of N(m1, tau^2 C1), placed so that all together have the moments of the end.
     tau = 64 ** (-1 / 3)
     centres = m1 + np.sqrt(1 - tau**2) * np.random.default_rng(0).multivariate_normal(np.zeros(3), c1, 64)
-    parts = tiles(x, y, jnp.asarray(centres), jnp.array(0.5))
+    parts = tiles(x, y, plain(jnp.asarray(centres)), jnp.array(0.5))
     values, basis = jnp.linalg.eigh(parts.spread)
     mixture = MixturePotential(parts.logs, parts.centres, values, jnp.array(0.5), basis)
     w = jax.vmap(lambda z: mixture.weights(z, jnp.ones(())))(jnp.asarray(m0 + np.zeros((1, 3))))[0]
