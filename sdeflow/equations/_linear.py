@@ -143,8 +143,10 @@ class LinearSDE(AbstractEquation):
             Phi (d, d), c (d,), Q (d, d). In a trace they are NaN where coefficients vary too fast for ``pieces``.
 
         Raises:
-            ValueError: called eagerly, if coefficients vary too fast.
+            ValueError: for known times that decrease; called eagerly, if coefficients vary too fast.
         """
+        if is_concrete(s, t) and float(t) < float(s):
+            raise ValueError(f"transition(s, t) needs s <= t, got s = {float(s)} and t = {float(t)}: swap them.")
         with _precise():
             if not self.is_constant:
                 s, t = jnp.asarray(s, self.dtype), jnp.asarray(t, self.dtype)

@@ -265,3 +265,12 @@ def test_a_sigma_of_another_size_is_refused():
         sf.equations.BrownianMotion(3, np.ones(2))
     with pytest.raises(ValueError, match=r"must broadcast to one dimension, got \(2,\), \(3,\) and \(\)"):
         sf.equations.OrnsteinUhlenbeck(np.ones(2), np.ones(3), 1.0)
+
+
+def test_times_that_decrease_are_refused():
+    """Backwards the covariance would come out negative, and nobody would notice."""
+    sde = sf.equations.OrnsteinUhlenbeck(1.0)
+    with pytest.raises(ValueError, match="s <= t"):
+        sde.transition(1.0, 0.5)
+    with pytest.raises(ValueError, match="s <= t"):
+        sde.bridge(0.0, 2.0, 1.0)
