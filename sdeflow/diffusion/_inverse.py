@@ -281,7 +281,8 @@ def _linear(operator: Any, x: Array, observed: Array) -> tuple[Callable[[Array],
 def _solved(apply: Callable[[Array], Array], right: Array) -> Array:
     """The solution of symmetric equations: direct for few, by conjugate gradients for many."""
     if right.size > _DIRECT:
-        return jax.scipy.sparse.linalg.cg(apply, right, tol=1e-5, maxiter=_DIRECT)[0]
+        # Rounding makes precise observations take more iterations than there are unknowns; most others take few.
+        return jax.scipy.sparse.linalg.cg(apply, right, tol=1e-5, maxiter=10 * right.size)[0]
     basis = jnp.eye(right.size, dtype=right.dtype).reshape(right.size, *right.shape)
     matrix = jax.vmap(lambda e: apply(e).ravel())(basis)
     return jnp.linalg.solve(matrix, right.ravel()).reshape(right.shape)

@@ -212,6 +212,8 @@ def test_bad_calls(options, error, match):
         (lambda: Langevin(norms="mean"), ValueError, "norms"),
         (lambda: Replacement(1.0, jnp.array([1, 0])), TypeError, "boolean"),
         (lambda: Replacement(1.0, jnp.array(True), np.ones((2, 2))), ValueError, "orthonormal"),
+        (lambda: Replacement(1.0, jnp.array(True), jnp.ones((2, 2))), ValueError, "orthonormal"),
+        (lambda: Replacement(1.0, jnp.array([True]), np.ones((3, 1)) / np.sqrt(3)), ValueError, "square"),
     ],
 )
 def test_bad_moves(call, error, match):
