@@ -234,15 +234,6 @@ def test_v3_ends_on_the_data_too():
 # ---- Identities. ----
 
 
-def test_unipc_is_interpolation():
-    # Three nodes and Lagrange's weights in place of B(h): the same table, wherever two nodes do not fall to the half rule.
-    unipc = UniPC(3, lower_order_final=False).table(VP(), knots(VP(), 8, "logsnr", None), "logsnr")
-    plain = Multistep(3, "data", corrector=True, lower_order_final=False)
-    lagrange = plain.table(VP(), knots(VP(), 8, "logsnr", None), "logsnr")
-    np.testing.assert_allclose(unipc.out[2:], lagrange.out[2:], rtol=1e-13)
-    np.testing.assert_allclose(unipc.fix[3:], lagrange.fix[3:], rtol=1e-11)
-
-
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("reads", ["noise", "data"])
 def test_weights_are_those_of_the_phi_functions(order, reads):
