@@ -116,7 +116,11 @@ def test_a_jump_spares_steps():
         (lambda: GaussianDenoiser(VP(), jnp.zeros(2), jnp.eye(2), jnp.array([1.0, -1.0])), ValueError, "negative"),
         (lambda: GaussianDenoiser(VP(), jnp.zeros(2), jnp.tri(2), jnp.ones(2)), ValueError, "orthonormal"),
         (lambda: GaussianDenoiser.from_covariance(VP(), jnp.zeros(2), jnp.tri(2)), ValueError, "symmetric"),
-        (lambda: GaussianDenoiser.from_covariance(VP(), jnp.zeros(2), jnp.ones((2, 2)) - jnp.eye(2)), ValueError, "eig"),
+        (
+            lambda: GaussianDenoiser.from_covariance(VP(), jnp.zeros(2), jnp.ones((2, 2)) - jnp.eye(2)),
+            ValueError,
+            "eig",
+        ),
         (lambda: GaussianDenoiser.from_covariance(VP(), jnp.zeros(2), jnp.ones(2)), ValueError, "square"),
         (lambda: GaussianDenoiser.fit(VP(), np.zeros((1, 3))), ValueError, "two samples"),
         (lambda: GaussianDenoiser.fit(VP(), np.zeros((4, 3)), rank=5), ValueError, "rank"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sdeflow.diffusion import EDM, VP, DEIS, DPMSolver, DPMSolverPP, DPMSolverV3, Flow, Singlestep, Statistics, UniPC
+from sdeflow.diffusion import DEIS, EDM, VP, DPMSolver, DPMSolverPP, DPMSolverV3, Flow, Singlestep, Statistics, UniPC
 from sdeflow.diffusion._times import knots
 from tests.helpers import diffusion as gmm
 
@@ -142,7 +142,9 @@ def test_v3_is_exact_on_normal_data_with_exact_statistics():
     solver = DPMSolverV3(Statistics(lam, l, 0 * l, 2 * l * (1 - l) * means), 1)
     x, (a, s) = gmm.starts(64), ((f(np.array([1.0, 1e-3]))) for f in (schedule.alpha, schedule.sigma))
     noise = lambda t, x: (
-        schedule.sigma(t) * (x - schedule.alpha(t) * means) / (schedule.alpha(t) ** 2 * variances + schedule.sigma(t) ** 2)
+        schedule.sigma(t)
+        * (x - schedule.alpha(t) * means)
+        / (schedule.alpha(t) ** 2 * variances + schedule.sigma(t) ** 2)
     )
     stretch = np.sqrt((a[1] ** 2 * variances + s[1] ** 2) / (a[0] ** 2 * variances + s[0] ** 2))
     wanted = a[1] * means + stretch * (x - a[0] * means)
