@@ -183,7 +183,7 @@ class Replacement(AbstractConstraint):
         value = turn(jnp.broadcast_to(self.value.astype(x.dtype) - mean, x.shape))
         z = jr.normal(key, x.shape, x.dtype)  # pyright: ignore[reportArgumentType]
         fresh = schedule.alpha(t) * value + schedule.sigma(t) * z
-        return back(jnp.where(self.known, fresh, turn(x - mean))) + mean
+        return back(jnp.where(jnp.broadcast_to(self.known, x.shape), fresh, turn(x - mean))) + mean
 
 
 class Moves(eqx.Module):

@@ -123,7 +123,7 @@ class AbstractSchedule(eqx.Module):
         Raises:
             ValueError: if the mean has another shape.
         """
-        check_mean(self, shape)
+        check_mean(self, np.broadcast_shapes(shape))
         return self.mean + self.prior_std() * jr.normal(key, shape)
 
     def _check_span(self) -> None:

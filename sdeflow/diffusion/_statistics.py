@@ -60,7 +60,7 @@ class Statistics(eqx.Module):
             raise ValueError(
                 f"l, s and b must lead with the {np.shape(self.knots)[0]} knots, got {np.shape(self.l)}; at least two."
             )
-        if is_concrete(self.knots) and not (np.diff(np.asarray(self.knots)) > 0).all():
+        if is_concrete(self.knots) and not (np.diff(np.asarray(self.knots, np.float64)) > 0).all():
             raise ValueError("knots must increase: log(alpha / sigma) from noise to data.")
 
     def curves(self) -> "Curves":

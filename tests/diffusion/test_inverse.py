@@ -201,6 +201,8 @@ def test_operators_and_scales():
     by_matrix = PosteriorGuided(image, rows, jnp.array([1.0, 2.0]), noise_std=0.1)
     by_function = PosteriorGuided(image, lambda x: x.mean(axis=1), jnp.array([1.0, 2.0]), noise_std=0.1)
     np.testing.assert_allclose(predict(by_matrix, "data", t, x), predict(by_function, "data", t, x), rtol=1e-12)
+    affine = PosteriorGuided(image, lambda x: 2 * x.mean(axis=1) - 1, jnp.array([1.0, 3.0]), noise_std=0.2)
+    np.testing.assert_allclose(predict(affine, "data", t, x), predict(by_matrix, "data", t, x), rtol=1e-12)
     half = PosteriorGuided(image, rows, jnp.array([1.0, 2.0]), noise_std=0.1, scale=0.5)
     push = lambda g: predict(g, "score", t, x) - predict(image, "score", t, x)
     np.testing.assert_allclose(push(half), push(by_matrix) / 2, rtol=1e-10)
