@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._compat import is_concrete
 from ._denoiser import AbstractDenoiser, check_schedule
 from ._schedule import AbstractSchedule
 
@@ -38,7 +39,7 @@ class GaussianDenoiser(AbstractDenoiser):
 
     Raises:
         TypeError: if the schedule is none.
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit, columns that are not orthonormal, and negative variances.
 
     Example:
         >>> import jax.numpy as jnp, sdeflow as sf
@@ -65,6 +66,14 @@ class GaussianDenoiser(AbstractDenoiser):
                 f"basis must have a row for each component of the mean and a column for each variance, shape {wanted}, "
                 f"got {self.basis.shape}."
             )
+        if is_concrete(self.variances) and not bool((self.variances >= 0).all()):
+            raise ValueError("variances must not be negative.")
+        if is_concrete(self.basis):
+            # One vector tells as much as all products of columns.
+            columns = np.asarray(self.basis, np.float64)
+            v = np.cos(np.arange(columns.shape[1]))
+            if not np.linalg.norm(columns.T @ (columns @ v) - v) <= 1e-2 * np.linalg.norm(v):
+                raise ValueError("basis must have orthonormal columns, such as eigenvectors of a covariance.")
 
     @classmethod
     def from_covariance(cls, schedule: AbstractSchedule, mean: Any, covariance: Any) -> "GaussianDenoiser":
@@ -74,8 +83,19 @@ class GaussianDenoiser(AbstractDenoiser):
             schedule: of the noise.
             mean: an array of d components.
             covariance: shape (d, d).
+
+        Raises:
+            ValueError: for what is no covariance, beyond what rounding explains.
         """
-        values, vectors = jnp.linalg.eigh(jnp.asarray(covariance))
+        covariance = jnp.asarray(covariance)
+        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+            raise ValueError(f"covariance must be a square matrix, got shape {covariance.shape}.")
+        values, vectors = jnp.linalg.eigh(covariance)
+        if is_concrete(covariance):
+            size = float(jnp.abs(covariance).max())
+            skew = float(jnp.abs(covariance - covariance.T).max())
+            if not (skew <= 1e-4 * size and float(values.min()) >= -1e-4 * size * len(values)):
+                raise ValueError("covariance must be symmetric, without negative eigenvalues and NaN.")
         return cls(schedule, mean, vectors, jnp.maximum(values, 0))
 
     @classmethod

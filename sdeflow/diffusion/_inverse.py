@@ -101,7 +101,8 @@ class PosteriorGuided(AbstractDenoiser):
 
     Arguments:
         denoiser: any denoiser, for one sample.
-        operator: A, a matrix that acts on the flattened sample, or a linear function of a sample.
+        operator: A, a matrix that acts on the flattened sample, or a linear function of a sample; an affine one,
+            such as a change of scale, is as good.
         observed: y, an array like what A returns.
         noise_std: the deviation of the noise in y; 0 for none.
         method: "tmpd", "pigdm" or "point", which covariance of the data is assumed; see the table of the module.
@@ -169,6 +170,9 @@ class PosteriorGuided(AbstractDenoiser):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         observe, adjoint = _linear(self.operator, x, self.observed)
         residual = self.observed.astype(dtype) - observe(parts[0] + jnp.asarray(schedule.mean, dtype))
+        # Of an affine function what moves with the sample is linear.
+        still = observe(jnp.zeros_like(x))
+        along = lambda v: observe(v) - still
         variance, s2 = self.noise_std.astype(dtype) ** 2, self.data_std.astype(dtype) ** 2
         if self.method == "point":
             weight = residual / variance
@@ -177,7 +181,7 @@ class PosteriorGuided(AbstractDenoiser):
                 spread = lambda v: s2 * sigma**2 / (alpha**2 * s2 + sigma**2) * v
             else:
                 spread = lambda v: sigma**2 / (2 * alpha) * (push(v)[0] + pull(v))
-            weight = _solved(lambda w: observe(spread(adjoint(w))) + variance * w, residual)
+            weight = _solved(lambda w: along(spread(adjoint(w))) + variance * w, residual)
         return _pushed(schedule, t, parts, self.scale.astype(dtype) * pull(adjoint(weight)))
 
 
@@ -281,7 +285,8 @@ def _linear(operator: Any, x: Array, observed: Array) -> tuple[Callable[[Array],
 def _solved(apply: Callable[[Array], Array], right: Array) -> Array:
     """The solution of symmetric equations: direct for few, by conjugate gradients for many."""
     if right.size > _DIRECT:
-        return jax.scipy.sparse.linalg.cg(apply, right, tol=1e-5, maxiter=_DIRECT)[0]
+        # Rounding makes precise observations take more iterations than there are unknowns; most others take few.
+        return jax.scipy.sparse.linalg.cg(apply, right, tol=1e-5, maxiter=10 * right.size)[0]
     basis = jnp.eye(right.size, dtype=right.dtype).reshape(right.size, *right.shape)
     matrix = jax.vmap(lambda e: apply(e).ravel())(basis)
     return jnp.linalg.solve(matrix, right.ravel()).reshape(right.shape)

@@ -26,6 +26,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from .._compat import is_concrete
 from ..equations import AbstractEquation
 from ..grids import Grid
 from ..grids._build import check_count
@@ -34,7 +35,7 @@ from ._denoiser import AbstractDenoiser, check_denoiser
 from ._equations import LogSNRFlow
 from ._multistep import AbstractSampler
 from ._sample import check_noisy, invert
-from ._schedule import AbstractSchedule, number
+from ._schedule import AbstractSchedule, check_mean, number
 from ._schedules import MeanReverting
 from ._times import knots
 from ._v3 import DPMSolverV3
@@ -77,7 +78,8 @@ def log_prob(
         solver: a sampler without noise, e.g. ``UniPC(3)``, with ``num_steps`` or a Grid; or a diffrax solver, by
             default Tsit5, for adaptive steps or, with these, for fixed ones.
         num_steps, grid, t_start, t_end: those of `sample`.
-        log_prior: ``log_prior(x)``, the log-density at ``t_start``; by default that of N(mean, prior_std^2).
+        log_prior: ``log_prior(x)``, the log-density at ``t_start``; by default that of N(mean, prior_std^2), which is
+            for a start at the schedule's ``t_max`` alone.
         tolerance: relative and absolute, of an adaptive solve.
         adjoint: that of `sample`, or for a diffrax solver that of `sdeflow.solve`.
 
@@ -103,6 +105,9 @@ def log_prob(
     if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError("x must be an array of a real floating dtype.")
     x = jnp.asarray(x)
+    check_mean(denoiser.schedule, x.shape)
+    if is_concrete(tolerance) and number(tolerance, "tolerance") <= 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}.")
     schedule, probes = denoiser.schedule, None
     if not exact:
         if key is None:
@@ -115,10 +120,12 @@ def log_prob(
         if adaptive:
             raise ValueError(f"{type(solver).__name__} takes a fixed number of steps: pass num_steps= or a Grid.")
         times = solver.times(schedule, num_steps, grid, t_end, t_start)
+        _check_start(schedule, times, log_prior)
         noise, count = _by_table(denoiser, x, probes, args, solver, times, num_steps, grid, t_start, t_end, adjoint)
     else:
         times = knots(schedule, 1 if adaptive else num_steps, grid, t_end, t_start)
         check_noisy(schedule, times)
+        _check_start(schedule, times, log_prior)
         noise, count = _by_solve(denoiser, x, probes, args, solver, times, adaptive, tolerance, adjoint)
     start = _normal_log_prob(schedule, noise) if log_prior is None else log_prior(noise)
     shift = schedule.log_alpha(times[0]) - schedule.log_alpha(times[-1])
@@ -149,6 +156,15 @@ def bits_per_dim(log_prob: Any, size: int, *, levels: int = 256, width: float = 
     if number(width, "width") <= 0:
         raise ValueError(f"width must be positive, got {width}.")
     return -jnp.asarray(log_prob) / (size * math.log(2)) + math.log2(levels / width)
+
+
+def _check_start(schedule: AbstractSchedule, times: Any, log_prior: Any) -> None:
+    """Refuse the density of the prior where the prior is not."""
+    if log_prior is None and isinstance(times, np.ndarray) and times[0] < schedule.t_max * (1 - 1e-6):
+        raise ValueError(
+            f"the default prior is that of t_max={schedule.t_max:g}, but the solve begins at t={times[0]:g}: pass "
+            "log_prior=, or a schedule with that t_max."
+        )
 
 
 def _normal_log_prob(schedule: AbstractSchedule, x: Array) -> Array:

@@ -17,6 +17,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from .._compat import is_concrete
 from ..grids._build import check_count
 from ._denoiser import AbstractDenoiser
 from ._schedule import number
@@ -134,7 +135,7 @@ class Replacement(AbstractConstraint):
 
     Raises:
         TypeError: if ``known`` is not boolean.
-        ValueError: if the basis is not orthonormal.
+        ValueError: if the basis is not square or not orthonormal.
 
     Example:
         >>> import jax, jax.numpy as jnp, sdeflow as sf
@@ -156,9 +157,11 @@ class Replacement(AbstractConstraint):
         self.basis = None if basis is None else jnp.asarray(basis)
         if self.known.dtype != bool:
             raise TypeError(f"known must be boolean, got {self.known.dtype}.")
-        if isinstance(basis, np.ndarray | list):
-            gram = np.asarray(basis).T @ np.asarray(basis)
-            if np.ndim(basis) != 2 or not np.allclose(gram, np.eye(len(gram)), atol=1e-5):
+        if basis is not None and (np.ndim(basis) != 2 or len(set(np.shape(basis))) > 1):
+            raise ValueError(f"basis must be a square matrix, all of its columns, got shape {np.shape(basis)}.")
+        if basis is not None and is_concrete(basis):
+            matrix = np.asarray(basis, np.float64)
+            if not np.allclose(matrix.T @ matrix, np.eye(len(matrix)), atol=1e-5):
                 raise ValueError("basis must be a matrix with orthonormal columns.")
 
     def __call__(
@@ -180,7 +183,7 @@ class Replacement(AbstractConstraint):
         value = turn(jnp.broadcast_to(self.value.astype(x.dtype) - mean, x.shape))
         z = jr.normal(key, x.shape, x.dtype)  # pyright: ignore[reportArgumentType]
         fresh = schedule.alpha(t) * value + schedule.sigma(t) * z
-        return back(jnp.where(self.known, fresh, turn(x - mean))) + mean
+        return back(jnp.where(jnp.broadcast_to(self.known, x.shape), fresh, turn(x - mean))) + mean
 
 
 class Moves(eqx.Module):

@@ -262,6 +262,8 @@ class Multistep(AbstractSampler):
             raise ValueError('eta goes with order 1, reads="data" and tau = 0, and is at most 1.')
         if self.uniform and (self.reads != "noise" or self.corrector):
             raise ValueError('uniform weights go with reads="noise" and no corrector.')
+        if self.uniform and (self.half or self.coordinate != "l" or self.lower_order_final):
+            raise ValueError("uniform weights are fixed: half, coordinate and lower_order_final do not go with them.")
         if self.lower_order_final not in (None, True, False):
             raise ValueError(f"lower_order_final must be True, False or None, got {self.lower_order_final!r}.")
 

@@ -103,7 +103,8 @@ def UniPC(  # noqa: N802
 ) -> Multistep:
     """Zhao et al.'s sampler (NeurIPS 2023): a predictor, and a corrector that costs no evaluation.
 
-    From order 3 on its weights are those of Lagrange's interpolation, whatever the function B(h) of the paper.
+    From order 3 on its weights are those of Lagrange's interpolation, whatever the function B(h) of the paper; steps of
+    lower order, the first ones too, take B(h) = e^h - 1 ("bh2").
 
     Arguments:
         order: how many outputs the predictor combines; the corrector combines one more.

@@ -23,6 +23,7 @@ from ._denoiser import AbstractDenoiser, check_denoiser
 from ._moves import AbstractConstraint, AbstractCorrector, Moves
 from ._multistep import AbstractSampler, Multistep
 from ._once import once
+from ._schedule import check_mean
 from ._singlestep import Singlestep
 from ._table import Table, Walked, follow, read
 from ._times import noiseless
@@ -174,7 +175,7 @@ def invert(
         table = table if base is None else table.drop(1)
         return _followed(denoiser, table, x, base, args, None, adjoint, return_state)
     if fixed_point:
-        if not isinstance(fixed_point, int) or fixed_point < 1:
+        if isinstance(fixed_point, bool) or not isinstance(fixed_point, int) or fixed_point < 1:
             raise ValueError(f"fixed_point must be a positive number of iterations, got {fixed_point!r}.")
         if not isinstance(solver, Multistep) or solver.order > 1 or solver.corrector:
             raise ValueError("fixed_point undoes the steps of order 1 alone: use it with DDIM().")
@@ -250,8 +251,11 @@ def start_of(denoiser: Any, x: Any, solver: Any, return_state: bool) -> tuple[Ar
         end, inner = (_floating(one) for one in x)
         if end.shape != inner.shape or end.dtype != inner.dtype:
             raise ValueError(f"the states of a pair must be alike, got {end.shape} and {inner.shape}.")
+        check_mean(denoiser.schedule, inner.shape)
         return inner, end
-    return _floating(x), None
+    x = _floating(x)
+    check_mean(denoiser.schedule, x.shape)
+    return x, None
 
 
 def _floating(x: Any) -> Array:

@@ -51,6 +51,17 @@ def number(value: Any, name: str) -> float:
     return float(value)
 
 
+def check_mean(schedule: "AbstractSchedule", shape: tuple[int, ...]) -> None:
+    """Refuse states that the mean of a schedule would widen.
+
+    Raises:
+        ValueError: if the mean does not broadcast to states of this shape.
+    """
+    mean = np.shape(schedule.mean)
+    if len(mean) > len(shape) or any(m not in (1, n) for m, n in zip(mean[::-1], shape[::-1])):
+        raise ValueError(f"the mean of the schedule has shape {mean}, which does not broadcast to a state of {shape}.")
+
+
 class AbstractSchedule(eqx.Module):
     """The base class of every schedule: subclasses give log alpha, log sigma and the inverse of ``log_snr``.
 
@@ -108,7 +119,11 @@ class AbstractSchedule(eqx.Module):
         Arguments:
             shape: of the draw; the mean must broadcast to it.
             key: a random key.
+
+        Raises:
+            ValueError: if the mean has another shape.
         """
+        check_mean(self, np.broadcast_shapes(shape))
         return self.mean + self.prior_std() * jr.normal(key, shape)
 
     def _check_span(self) -> None:

@@ -79,6 +79,8 @@ class Singlestep(AbstractSampler):
             raise ValueError('Runge-Kutta methods go with reads="noise" and fast=False.')
         if number(self.churn, "churn") < 0 or number(self.churn_noise, "churn_noise") < 0:
             raise ValueError("churn and churn_noise must not be negative.")
+        if not 0 <= self.churn_from <= self.churn_to:
+            raise ValueError(f"churn needs 0 <= churn_from <= churn_to, got {self.churn_from} and {self.churn_to}.")
         if self.churn > 0 and self.method != "heun":
             raise ValueError('churn goes with method="heun".')
 

@@ -39,6 +39,9 @@ class Statistics(eqx.Module):
         knots: shape (M + 1,), increasing.
         l, s, b: shape (M + 1, *state).
 
+    Raises:
+        ValueError: for shapes that do not fit, and knots that do not increase.
+
     Example:
         >>> import numpy as np, sdeflow as sf
         >>> knots, one = np.array([-5.0, 5.0]), np.ones((2, 3))
@@ -57,6 +60,8 @@ class Statistics(eqx.Module):
             raise ValueError(
                 f"l, s and b must lead with the {np.shape(self.knots)[0]} knots, got {np.shape(self.l)}; at least two."
             )
+        if is_concrete(self.knots) and not (np.diff(np.asarray(self.knots, np.float64)) > 0).all():
+            raise ValueError("knots must increase: log(alpha / sigma) from noise to data.")
 
     def curves(self) -> "Curves":
         """What a step integrates."""

@@ -144,6 +144,9 @@ def _given(schedule: AbstractSchedule, num_steps: int | None, grid: Grid, t_end:
         raise ValueError(
             f"times of a sampler decrease from t_max to t_end; step {int(np.argmax(np.diff(times) >= 0))} does not."
         )
+    # The last digits of a time in single precision are not worth an error.
+    if times[0] > schedule.t_max * (1 + 1e-6):
+        raise ValueError(f"times of a sampler begin at t_max={schedule.t_max:g} at the latest, got {times[0]:g}.")
     if times[-1] < 0:
         raise ValueError(f"times of a sampler end at 0 at the earliest, got {times[-1]:g}.")
     return times

@@ -85,7 +85,8 @@ class ExponentialAdams(diffrax.AbstractSolver):
             h = jnp.asarray(control, n.dtype)
             z = self._rate(y) * h
             w = jnp.tensordot(polynomials.astype(n.dtype), _moments(z, self.order_), 1, precision="highest")
-            w = w.reshape(*w.shape, *[1] * (n.ndim - w.ndim)) if jnp.ndim(z) == 0 else w
+            # One weight for each slope leads; what is left broadcasts to the state from the right, as the rate does.
+            w = w.reshape(w.shape[0], *[1] * (n.ndim - w.ndim), *w.shape[1:])
             return jnp.exp(z) * y + h * (w * n).sum(axis=0)
 
         y1 = jtu.tree_map(moved, y0, slopes)

@@ -113,6 +113,15 @@ def test_a_jump_spares_steps():
     ("call", "error", "match"),
     [
         (lambda: GaussianDenoiser(VP(), jnp.zeros(2), jnp.eye(3), jnp.ones(3)), ValueError, "basis"),
+        (lambda: GaussianDenoiser(VP(), jnp.zeros(2), jnp.eye(2), jnp.array([1.0, -1.0])), ValueError, "negative"),
+        (lambda: GaussianDenoiser(VP(), jnp.zeros(2), jnp.tri(2), jnp.ones(2)), ValueError, "orthonormal"),
+        (lambda: GaussianDenoiser.from_covariance(VP(), jnp.zeros(2), jnp.tri(2)), ValueError, "symmetric"),
+        (
+            lambda: GaussianDenoiser.from_covariance(VP(), jnp.zeros(2), jnp.ones((2, 2)) - jnp.eye(2)),
+            ValueError,
+            "eig",
+        ),
+        (lambda: GaussianDenoiser.from_covariance(VP(), jnp.zeros(2), jnp.ones(2)), ValueError, "square"),
         (lambda: GaussianDenoiser.fit(VP(), np.zeros((1, 3))), ValueError, "two samples"),
         (lambda: GaussianDenoiser.fit(VP(), np.zeros((4, 3)), rank=5), ValueError, "rank"),
         (lambda: GaussianDenoiser(None, jnp.zeros(2), jnp.eye(2), jnp.ones(2)), TypeError, "schedule"),

@@ -89,6 +89,17 @@ def test_many_observations_by_conjugate_gradients():
         np.testing.assert_allclose(predict(g, "data", t, x), predict(exact, "data", t, x), atol=1e-4)
 
 
+def test_precise_observations_take_more_iterations_than_there_are_direct_ones():
+    # A random square operator, whose equations are ill-conditioned far from the data: stopped early they were off by 6.
+    count = 80
+    i, x = np.arange(count), 50 * jnp.cos(jnp.arange(80.0))
+    covariance = np.exp(-np.abs(i[:, None] - i) / 5)
+    a = np.random.default_rng(0).normal(size=(count, count)) / np.sqrt(count)
+    g = PosteriorGuided(normal(EDM(), np.zeros(count), covariance), a, np.sin(0.3 * i), noise_std=0.01)
+    exact = normal(EDM(), *posterior(np.zeros(count), covariance, a, np.sin(0.3 * i), 0.01))
+    np.testing.assert_allclose(predict(g, "data", 50.0, x), predict(exact, "data", 50.0, x), atol=1e-4)
+
+
 def test_pseudoinverse_guidance_is_exact_on_independent_components():
     covariance = 0.49 * np.eye(2)
     g = PosteriorGuided(normal(VP(), MEAN, covariance), A, SEEN, noise_std=NOISE, method="pigdm", data_std=0.7)
@@ -190,6 +201,8 @@ def test_operators_and_scales():
     by_matrix = PosteriorGuided(image, rows, jnp.array([1.0, 2.0]), noise_std=0.1)
     by_function = PosteriorGuided(image, lambda x: x.mean(axis=1), jnp.array([1.0, 2.0]), noise_std=0.1)
     np.testing.assert_allclose(predict(by_matrix, "data", t, x), predict(by_function, "data", t, x), rtol=1e-12)
+    affine = PosteriorGuided(image, lambda x: 2 * x.mean(axis=1) - 1, jnp.array([1.0, 3.0]), noise_std=0.2)
+    np.testing.assert_allclose(predict(affine, "data", t, x), predict(by_matrix, "data", t, x), rtol=1e-12)
     half = PosteriorGuided(image, rows, jnp.array([1.0, 2.0]), noise_std=0.1, scale=0.5)
     push = lambda g: predict(g, "score", t, x) - predict(image, "score", t, x)
     np.testing.assert_allclose(push(half), push(by_matrix) / 2, rtol=1e-10)

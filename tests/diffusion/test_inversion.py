@@ -98,6 +98,7 @@ def test_inversion_has_gradients():
         (lambda x: invert(gmm.denoiser(), x, solver=DDIM(), num_steps=4, t_end=0.0), "no noise"),
         (lambda x: invert(gmm.denoiser(), x, solver=UniPC(2), num_steps=4, fixed_point=3), "order 1"),
         (lambda x: invert(gmm.denoiser(), x, solver=DDIM(), num_steps=4, fixed_point=-1), "fixed_point"),
+        (lambda x: invert(gmm.denoiser(), x, solver=DDIM(), num_steps=4, fixed_point=True), "number of iterations"),
         (lambda x: invert(gmm.denoiser(), x, solver=DPMSolver(3, steps="fast"), num_steps=4), "fast"),
         (lambda x: invert(gmm.denoiser(), (x, x), solver=DDIM(), num_steps=4), "pair"),
         (lambda x: invert(gmm.denoiser(), (x, x[:1]), solver=BDIA(), num_steps=4), "alike"),

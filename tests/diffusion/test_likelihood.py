@@ -213,6 +213,10 @@ def test_bits():
         ({"solver": DDIM(), "num_steps": 4, "t_end": 0.0}, ValueError, "no noise"),
         ({"t_end": 0.0}, ValueError, "no noise"),
         ({"t_start": 2.0}, ValueError, "t_start"),
+        # From there on N(0, 1) is not the law of the state: EDM once gave -7.3 for -1.9 from t_start=5.
+        ({"t_start": 0.4}, ValueError, "pass log_prior="),
+        ({"grid": sf.grids.through([0.9, 0.1])}, ValueError, "pass log_prior="),
+        ({"tolerance": -1.0}, ValueError, "tolerance"),
         ({"solver": "UniPC"}, TypeError, "solver"),
         ({"solver": DPMSolverV3(Statistics(np.array([-5.0, 5.0]), *[np.ones((2, 2))] * 3))}, ValueError, "V3"),
     ],

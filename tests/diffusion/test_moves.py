@@ -195,6 +195,11 @@ def test_single_precision_and_gradients():
         ({"solver": UniPC(2), "corrector": Langevin(), "key": jr.key(0)}, ValueError, "Multistep"),
         ({"solver": BDIA(), "corrector": Langevin(), "key": jr.key(0)}, ValueError, "BDIA"),
         ({"solver": Singlestep(2), "corrector": Langevin(), "key": jr.key(0)}, ValueError, "Singlestep"),
+        (
+            {"solver": DDIM(), "constraint": Replacement(1.0, jnp.ones((4, 1), bool)), "key": jr.key(0)},
+            ValueError,
+            "broadcast",
+        ),
         ({"solver": DDIM(), "corrector": 0.16}, TypeError, "corrector"),
         ({"solver": DDIM(), "constraint": Langevin()}, TypeError, "constraint"),
     ],
@@ -212,6 +217,8 @@ def test_bad_calls(options, error, match):
         (lambda: Langevin(norms="mean"), ValueError, "norms"),
         (lambda: Replacement(1.0, jnp.array([1, 0])), TypeError, "boolean"),
         (lambda: Replacement(1.0, jnp.array(True), np.ones((2, 2))), ValueError, "orthonormal"),
+        (lambda: Replacement(1.0, jnp.array(True), jnp.ones((2, 2))), ValueError, "orthonormal"),
+        (lambda: Replacement(1.0, jnp.array([True]), np.ones((3, 1)) / np.sqrt(3)), ValueError, "square"),
     ],
 )
 def test_bad_moves(call, error, match):

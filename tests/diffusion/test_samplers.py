@@ -234,15 +234,6 @@ def test_v3_ends_on_the_data_too():
 # ---- Identities. ----
 
 
-def test_unipc_is_interpolation():
-    # Three nodes and Lagrange's weights in place of B(h): the same table, wherever two nodes do not fall to the half rule.
-    unipc = UniPC(3, lower_order_final=False).table(VP(), knots(VP(), 8, "logsnr", None), "logsnr")
-    plain = Multistep(3, "data", corrector=True, lower_order_final=False)
-    lagrange = plain.table(VP(), knots(VP(), 8, "logsnr", None), "logsnr")
-    np.testing.assert_allclose(unipc.out[2:], lagrange.out[2:], rtol=1e-13)
-    np.testing.assert_allclose(unipc.fix[3:], lagrange.fix[3:], rtol=1e-11)
-
-
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("reads", ["noise", "data"])
 def test_weights_are_those_of_the_phi_functions(order, reads):
@@ -555,6 +546,14 @@ BAD = {
     "rising grid": (
         lambda x: sample(gmm.denoiser(), x, solver=DDIM(), grid=sf.grids.through([0.1, 1.0])), ValueError, "decrease"
     ),
+    "grid before the start": (
+        lambda x: sample(gmm.denoiser(), x, solver=DDIM(), grid=sf.grids.through([2.0, 0.1])), ValueError, "t_max=1"
+    ),
+    "wide mean": (
+        lambda x: sample(normal_denoiser(MeanReverting(VP(), np.zeros((5, 2)))), x[0], solver=DDIM(), num_steps=3),
+        ValueError,
+        "broadcast",
+    ),
     "end too late": (lambda x: sample(gmm.denoiser(), x, solver=DDIM(), num_steps=3, t_end=2.0), ValueError, "t_end"),
     "no key": (lambda x: sample(gmm.denoiser(), x, solver=DDIM(1.0), num_steps=3), ValueError, "key"),
     "integers": (
@@ -600,6 +599,9 @@ def test_bad_calls(name):
         (lambda: DPMSolverPP(2, steps="single", tau=1.0), "tau"),
         (lambda: Singlestep(method="midpoint"), "method"),
         (lambda: Singlestep(2, churn=1.0), "churn"),
+        (lambda: Singlestep(method="heun", churn=1.0, churn_from=2.0, churn_to=1.0), "churn_from"),
+        (lambda: Multistep(3, "noise", uniform=True, lower_order_final=True), "uniform"),
+        (lambda: Multistep(3, "noise", "t", uniform=True), "uniform"),
         (lambda: BDIA(0.0), "gamma"),
         (lambda: BDIA(1.1), "gamma"),
     ],

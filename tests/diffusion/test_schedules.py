@@ -103,6 +103,11 @@ def test_priors(schedule, mean, std):
     assert abs(float(((draws - mean) ** 2).mean()) / std**2 - 1) < 5 * np.sqrt(2) / 200
 
 
+def test_a_mean_does_not_widen_the_prior():
+    with pytest.raises(ValueError, match="broadcast"):
+        MeanReverting(VP(), np.zeros((5, 3))).sample_prior((3,), key=jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [

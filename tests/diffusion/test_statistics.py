@@ -96,6 +96,7 @@ def test_single_precision():
     [
         (lambda: Statistics(np.ones((2, 2)), *[np.ones((2, 2))] * 3), ValueError, "knots"),
         (lambda: Statistics(np.arange(3.0), *[np.ones((2, 2))] * 3), ValueError, "3 knots"),
+        (lambda: Statistics(np.array([5.0, -5.0]), *[np.ones((2, 2))] * 3), ValueError, "increase"),
         (lambda: DPMSolverV3(3.0), TypeError, "statistics"),
         (lambda: model_statistics(normal(VP()), jnp.ones((1, 2))), ValueError, "two starts"),
         (lambda: model_statistics(gmm.denoiser(), jnp.ones((2, 100))), ValueError, "key"),

@@ -64,6 +64,19 @@ def test_a_constant_remainder_is_exact_however_stiff(order):
     np.testing.assert_allclose(out.ys[-1], 3.0, rtol=1e-9)
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_rate_broadcasts_from_the_right(order):
+    # Two rows of three components: a rate for each component is not one for each slope.
+    rates = jnp.array([-1.0, -2.0, -3.0])
+    equation = sf.ODE(lambda t, y, args: rates * y + jnp.sin(3 * t))
+    run = lambda rate: (
+        sf.solve(
+            equation, jnp.arange(6.0).reshape(2, 3), [0.0, 1.0], dt0=0.1, solver=ExponentialAdams(order, rate)
+        ).final
+    )
+    np.testing.assert_allclose(run(rates), run(jnp.tile(rates, (2, 1))), rtol=1e-13)
+
+
 def test_rate_zero_is_adams_bashforth():
     equation, h = sf.ODE(lambda t, y, args: jnp.sin(3 * t) * y), 0.1
     out = sf.solve(equation, jnp.array(1.0), [0.0, 1.0], dt0=h, solver=ExponentialAdams(2, 0.0)).final
