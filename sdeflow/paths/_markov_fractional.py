@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._compat import SdeflowWarning, is_concrete, warn
 from ..grids import Grid
 from ._factor_brownian import FactorBrownian, factor_increment
+from ._factor_law import FactorLaw
 from ._fractional_fit import HIGHEST, LOWEST, Kind, chebyshev_table, relative_cost
 from ._grid_brownian import as_structure, normals
 from ._kalman import kalman
@@ -189,23 +190,45 @@ class MarkovFractionalNoise(eqx.Module):
             raise ValueError("cost() needs a Hurst index that is a number, known outside of any trace.")
         return relative_cost(self.kind, self._rates, self.horizon, float(self.hurst))
 
-    def start(self, structure: PyTree | tuple[int, ...], *, key: PRNGKeyArray) -> PyTree[Array]:
+    def start(
+        self, structure: PyTree | tuple[int, ...], *, key: PRNGKeyArray, law: FactorLaw | None = None
+    ) -> PyTree[Array]:
         """The factors at time 0: a draw of their stationary law for type I, zeros for type II.
 
         Arguments:
             structure: what one factor looks like: an array or tree of arrays, or a shape tuple.
             key: a JAX random key.
+            law: what to draw type I from instead.
 
         Returns:
             Leaves (num_factors, *shape).
+
+        Raises:
+            ValueError: for type II with a law, or one whose shapes are not those of the factors.
+        """
+        return self.start_of(structure, key, law)[0]
+
+    def start_of(self, structure: Any, key: PRNGKeyArray, law: FactorLaw | None) -> tuple[PyTree[Array], Any, Any]:
+        """The factors at time 0, the divergence of their law from the prior, and by how much this draw exceeds it.
+
+        The excess has mean zero, and so has its gradient; with it the law's own density is held (Roeder, Wu and
+        Duvenaud 2017).
         """
         one = lambda x: jax.ShapeDtypeStruct((self.num_factors, *x.shape), x.dtype)
         several = jtu.tree_map(one, as_structure(structure))
         if self.kind == "II":
-            return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), several)
+            if law is not None:
+                raise ValueError('The factors of kind="II" start at zero and have no law to choose: leave it out.')
+            return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), several), 0, 0
         key = jax.random.fold_in(written_out(key), _STREAM)
-        z = normals(key, several, diffrax.BrownianIncrement)["W"]
-        return jtu.tree_map(lambda z: _mix(stationary_factor(self._rates), z), z)
+        z, kl, excess = normals(key, several, diffrax.BrownianIncrement)["W"], 0, 0
+        if law is not None:
+            expected, found = (jtu.tree_map(jnp.shape, x) for x in (several, law.mean))
+            if expected != found:
+                raise ValueError(f"The law of the factors should have a mean of shape {expected}, got {found}.")
+            z, kl = law.at(z), law.kl()
+            excess = jax.lax.stop_gradient(law).log_ratio(z) - kl
+        return jtu.tree_map(lambda z: _mix(stationary_factor(self._rates), z), z), kl, excess
 
     def path(self, grid: Grid, structure: PyTree | tuple[int, ...], *, key: PRNGKeyArray) -> FactorBrownian:
         """What drives the factors on a grid, for `sdeflow.solvers.ExponentialHeun`.
