@@ -10,6 +10,8 @@ dX = -X dt + .5 X o dB with the solution exp(-t + .5 B(t)), and dX = (X - X^3) d
 the same path. Root mean square at time 1, h = 1/64, for `ExponentialHeun`, and for explicit steps of the ordinary
 equation for X and the factors (Ito-corrected Euler), which sdeflow refuses and which are written by hand here.
 
+Inference: see `_fractional_bridge`.
+
 Speed. 4096 paths of 256 steps, six factors: `solve` beside a hand-written scan of the same recursion that draws the
 same number of normals with jax.random.normal. Exact fractional Brownian motion, 256 paths of 1024 steps, beside the
 packages fbm 0.3.0 and stochastic 0.6.0 where they are installed (``pip install --no-deps fbm stochastic``).
@@ -28,6 +30,7 @@ from sdeflow.equations import FractionalSDE
 from sdeflow.paths._factor_brownian import joint_factor
 
 from . import _harness as harness
+from ._fractional_bridge import control, past
 from ._harness import Claim, Method, Options, Row, Spread, line
 
 N, REPLICATIONS = 256, 24
@@ -232,4 +235,4 @@ def _stochastic() -> Any:
 
 def run(options: Options) -> list[Claim]:
     """All of them."""
-    return [recovery(options), strong(options), *speed(options)]
+    return [recovery(options), strong(options), past(options), control(options), *speed(options)]
