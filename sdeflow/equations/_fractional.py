@@ -349,9 +349,10 @@ class _Start(eqx.Module):
     y0: PyTree
 
     def __call__(self, ts: Any, args: Any, key: Any) -> FractionalState:
-        ts = ts if isinstance(ts, jax.Array) else np.asarray(ts, np.float64)
+        # On the host where they are known, as slices of a known array are traced inside of a trace.
+        ts = np.asarray(ts, np.float64) if is_concrete(ts) else ts
         horizon = self.equation.noise.horizon
-        known = is_concrete(ts) and ts.ndim == 1 and ts.size > 0
+        known = isinstance(ts, np.ndarray) and ts.ndim == 1 and ts.size > 0
         if known and ts[-1] < ts[0]:
             raise ValueError(
                 "A FractionalSDE is not solved backwards in time: its factors forget, and cannot be run in reverse."

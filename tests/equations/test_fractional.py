@@ -150,6 +150,10 @@ def test_bad_input():
 def test_what_is_traced_and_does_not_fit_fails():
     run = jax.jit(lambda ts: sf.solve(equation(), jnp.ones(2), ts, steps_per_interval=4, key=KEY).result)
     assert sf.is_okay(run(jnp.array([0.0, 1.0])))
+    # Known times are known inside of a trace too.
+    known = jnp.array([0.0, 1.5])
+    with pytest.raises(ValueError, match="horizon that covers"):
+        jax.jit(lambda x: sf.solve(equation(), x, known, steps_per_interval=4, key=KEY).ys)(jnp.ones(2))
     assert not sf.is_okay(run(jnp.array([0.0, 1.5])))
     stiff = jax.jit(
         lambda ts: sf.solve(equation(), jnp.ones(2), ts, steps_per_interval=4, key=KEY, solver=dfx.Heun()).result
