@@ -34,8 +34,7 @@ class Push(eqx.Module):
 def bound(push, noise, x, key):
     """The bound of every path, the martingale taken off, and the paths."""
     sde = sf.equations.FractionalSDE(lambda t, x, args: -x, lambda t, x, args: jnp.ones(1), noise, control=push)
-    one = lambda x, key: sf.solve(sde, x, ts, steps_per_interval=1, key=key)
-    sol = jax.vmap(one)(x, jax.random.split(key, len(x)))
+    sol = jax.vmap(lambda x, key: sf.solve(sde, x, ts, steps_per_interval=1, key=key))(x, jax.random.split(key, len(x)))
     fit = jax.scipy.stats.norm.logpdf(value, sol.ys[:, -1, 0], deviation)
     return fit - sol.final.path_kl - sol.final.martingale, sol.ys[..., 0]
 
@@ -47,15 +46,14 @@ for ax, hurst in zip(figure.subplots(1, 2, sharey=True), (0.3, 0.7), strict=True
     start = Push(eqx.nn.MLP(9, 2, 64, 2, jnp.tanh, key=jax.random.key(0)))
     push = sf.fit(start, starts, loss, optim=optim, steps=1500, batch_size=64, key=jax.random.key(1)).model
     nats, paths = bound(push, noise, starts.values, jax.random.key(2))
-    # X(t) = B(t) - int exp(s - t) B(s) ds by quadrature; then its law given the observation is that of normal vectors.
-    linear = 1.0025 * np.eye(200) - np.tril(np.exp(fine - fine[:, None])) / 200
-    C = linear @ noise.covariance(fine[:, None], fine) @ linear.T
+    A = 1.0025 * np.eye(200) - np.tril(np.exp(fine - fine[:, None])) / 200  # X(t) = B(t) - int exp(s - t) B(s) ds
+    C = A @ noise.covariance(fine[:, None], fine) @ A.T
     mean, spread = (gain := C[-1] / (C[-1, -1] + deviation**2)) * value, np.sqrt(np.diag(C) - gain * C[-1])
     log_p = sf.equations.FractionalBridge(noise, 1.0, 1.0, value, deviation).log_evidence(0.0, jnp.zeros(1))
-    print(f"H = {hurst}: log density {log_p:.3f}, learned bound {nats.mean():.3f}")
+    print(title := f"H = {hurst}: bound {nats.mean():.3f}, log density {log_p:.3f} nats")
     ax.fill_between(fine, mean - 2 * spread, mean + 2 * spread, color="0.88")
     ax.plot(ts, paths[:8].T, color="C0", linewidth=0.6)
     ax.plot(ts, (paths.mean(axis=0) + np.array([[-2], [0], [2]]) * paths.std(axis=0)).T, "C1--")
-    ax.set(title=f"H = {hurst}: bound {nats.mean():.3f}, log density {log_p:.3f} nats", xlabel="time")
+    ax.set(title=title, xlabel="time")
 Path("demo-output").mkdir(exist_ok=True)
 figure.savefig("demo-output/fractional_bridge.png", dpi=120)
