@@ -30,7 +30,7 @@ from .._compat import SdeflowWarning, is_concrete, warn
 from ..grids import Grid
 from ._factor_brownian import FactorBrownian, factor_increment
 from ._factor_law import FactorLaw
-from ._fractional_fit import HIGHEST, LOWEST, Kind, chebyshev_table, relative_cost
+from ._fractional_fit import HIGHEST, LOWEST, Kind, chebyshev_table, end_covariance, relative_cost
 from ._grid_brownian import as_structure, normals
 from ._kalman import kalman
 from ._threefry import written_out
@@ -57,6 +57,8 @@ class MarkovFractionalNoise(eqx.Module):
         normalise: scale to Var B(t) = t^(2H); otherwise the kernel is (t - s)^(H - 1/2) / Gamma(H + 1/2), whose
             variance at t = 1 changes with H, so that a learned H is confounded with the scale of the noise.
         rates: the rates themselves, in place of the grid, distinct and not negative.
+        match_variance: scale the weights so that Var B(T) at the horizon is that of fractional Brownian motion. The
+            nearest weights have less variance where few factors do not reach it, near H = 0.1 and for type I near 0.9.
 
     Raises:
         ValueError: for H outside of its interval, a horizon, spacing or rates that are not positive, fewer than two
@@ -77,6 +79,7 @@ class MarkovFractionalNoise(eqx.Module):
     kind: Kind = eqx.field(static=True)
     horizon: float = eqx.field(static=True)
     normalise: bool = eqx.field(static=True)
+    match_variance: bool = eqx.field(static=True)
     _rates: tuple[float, ...] = eqx.field(static=True)
 
     def __init__(
@@ -90,10 +93,12 @@ class MarkovFractionalNoise(eqx.Module):
         max_rate: float | None = None,
         normalise: bool = True,
         rates: Sequence[float] | np.ndarray | None = None,
+        match_variance: bool = False,
     ):
         if kind not in ("I", "II"):
             raise ValueError(f'kind must be "I" or "II", got {kind!r}.')
         self.kind, self.horizon, self.normalise = kind, _positive(horizon, "horizon"), bool(normalise)
+        self.match_variance = bool(match_variance)
         self._rates = _grid(self.horizon, kind, spacing, num_factors, max_rate, rates)
         self._logit, self._function = None, None
         if callable(hurst):
@@ -143,7 +148,7 @@ class MarkovFractionalNoise(eqx.Module):
             raise ValueError("The Hurst index depends on time: ask for coefficients(t).")
         else:
             hurst = jnp.asarray(self._function(t), jnp.result_type(float))
-        return _weights(hurst, self.kind, self._rates, self.horizon, self.normalise)
+        return _weights(hurst, self.kind, self._rates, self.horizon, self.normalise, self.match_variance)
 
     def covariance(self, s: Any, t: Any) -> Array:
         """E B(s) B(t), of arrays that broadcast.
@@ -188,7 +193,7 @@ class MarkovFractionalNoise(eqx.Module):
         """
         if self._logit is None or not is_concrete(self._logit):
             raise ValueError("cost() needs a Hurst index that is a number, known outside of any trace.")
-        return relative_cost(self.kind, self._rates, self.horizon, float(self.hurst))
+        return relative_cost(self.kind, self._rates, self.horizon, float(self.hurst), self.match_variance)
 
     def start(
         self, structure: PyTree | tuple[int, ...], *, key: PRNGKeyArray, law: FactorLaw | None = None
@@ -310,8 +315,10 @@ class MarkovFractionalNoise(eqx.Module):
 
 
 # Compiled, so that a call outside of any trace does not compile its operations one by one.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _weights(hurst: Array, kind: Kind, rates: tuple[float, ...], horizon: float, normalise: bool) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _weights(
+    hurst: Array, kind: Kind, rates: tuple[float, ...], horizon: float, normalise: bool, match_variance: bool
+) -> Array:
     x = (hurst - (HIGHEST + LOWEST) / 2) / ((HIGHEST - LOWEST) / 2)
     # A polynomial is no answer outside of its interval, which only a function of time can leave.
     x = jnp.where(jnp.abs(x) <= 1, x, jnp.nan)
@@ -320,6 +327,10 @@ def _weights(hurst: Array, kind: Kind, rates: tuple[float, ...], horizon: float,
     for row in table[:0:-1]:  # Clenshaw
         later, last = row + 2 * x * later - last, later
     w = table[0] + x * later - last
+    if match_variance:
+        each = jnp.asarray(end_covariance(kind, rates, horizon), x.dtype)
+        w = w * horizon**hurst / jnp.sqrt(jnp.einsum("i,ij,j", w, each, w, precision="highest"))
+        return w if normalise else w / _unit_scale(hurst, kind)
     # Not in the series: its roots at the ends of (0, 1) would spoil the convergence.
     return w * _unit_scale(hurst, kind) if normalise else w
 
