@@ -66,7 +66,8 @@ class FactorLaw(eqx.Module):
         def one(m: Array, l: Array, S: Array) -> Array:
             return (jnp.sum(m**2) + jnp.sum(S**2) - l.size) / 2 - jnp.sum(l)
 
-        return sum(jtu.tree_leaves(jtu.tree_map(one, self.mean, self.log_scale, self._matrices())))
+        parts = jtu.tree_map(one, self.mean, self.log_scale, self._matrices())
+        return sum(jtu.tree_leaves(parts), jnp.zeros(()))
 
     def at(self, e: PyTree[Array]) -> PyTree[Array]:
         """M + S e."""

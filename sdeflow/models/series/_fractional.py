@@ -109,7 +109,8 @@ class FractionalLatentSDE(LatentSDE):
 
     def _past(self, t: Any, z: Array, context: Any) -> FactorLaw:
         # The first summary is of the whole series.
-        out = self.past(context.features[0][: self.cell.hidden_size]).reshape(-1, self.memory.num_factors, z.shape[0])
+        out = self.past(context.features[0][: self.cell.hidden_size])  # pyright: ignore[reportOptionalCall]
+        out = out.reshape(-1, self.memory.num_factors, z.shape[0])
         return FactorLaw(out[0], out[1], out[2:])
 
     def _push(self, t: Any, state: FractionalState, context: Any) -> Array:
