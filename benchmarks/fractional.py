@@ -33,7 +33,7 @@ from sdeflow.paths._factor_brownian import joint_factor
 from sdeflow.paths._grid_brownian import normals
 
 from . import _harness as harness
-from ._fractional_bridge import control, past
+from ._fractional_bridge import control, past, series
 from ._harness import Claim, Method, Options, Row, Spread, line
 
 N, REPLICATIONS = 256, 24
@@ -244,4 +244,4 @@ def _stochastic() -> Any:
 
 def run(options: Options) -> list[Claim]:
     """All of them."""
-    return [recovery(options), strong(options), past(options), control(options), *speed(options)]
+    return [recovery(options), strong(options), past(options), control(options), series(options), *speed(options)]
