@@ -218,7 +218,7 @@ def test_gradients_agree_and_diffrax_takes_the_same_steps():
         "control": 0.3 * jnp.asarray(size(size=(3, 6))),
         "past": sf.paths.FactorLaw(*(0.3 * jnp.asarray(size(size=shape)) for shape in ((6, 2), (6, 2), (6, 6, 2)))),
     }
-    adjoints = (None, sf.adjoints.DiscreteAdjoint(), dfx.RecursiveCheckpointAdjoint(), dfx.DirectAdjoint())
+    adjoints = (sf.adjoints.DiscreteAdjoint(), dfx.RecursiveCheckpointAdjoint(), dfx.DirectAdjoint())
     slopes = [jax.jit(jax.grad(lambda p, low, a=a: value(p, low, a))) for a in adjoints]
     forward = jax.jit(jax.jacfwd(lambda p, low: value(p, low, dfx.ForwardMode())))
     for low in (0.0, 1.0):
