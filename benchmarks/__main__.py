@@ -41,7 +41,7 @@ PARTS = {
     "diffusion": "diffusion samplers: errors on a mixture of Gaussians, to the digits that are known",
     "diffusion_speed": "samplers beside scans written by hand and diffusers: time, gradients, memory",
     "latent": "latent stochastic equations: bound, bands and noise against a law that is known",
-    "fractional": "fractional noise: Hurst index, strong error, speed",
+    "fractional": "fractional noise: Hurst index, strong error, bounds, speed",
     "one_argument": "an existing diffrax training step, one argument changed",
     "batch_sweep": "microseconds per step against batch size (by itself only on an accelerator)",
 }

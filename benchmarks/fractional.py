@@ -10,15 +10,19 @@ dX = -X dt + .5 X o dB with the solution exp(-t + .5 B(t)), and dX = (X - X^3) d
 the same path. Root mean square at time 1, h = 1/64, for `ExponentialHeun`, and for explicit steps of the ordinary
 equation for X and the factors (Ito-corrected Euler), which sdeflow refuses and which are written by hand here.
 
+Inference: see `_fractional_bridge`.
+
 Speed. 4096 paths of 256 steps, six factors: `solve` beside a hand-written scan of the same recursion that draws the
 same number of normals with jax.random.normal. Exact fractional Brownian motion, 256 paths of 1024 steps, beside the
-packages fbm 0.3.0 and stochastic 0.6.0 where they are installed (``pip install --no-deps fbm stochastic``).
+packages fbm 0.3.0 and stochastic 0.6.0 where they are installed (``pip install --no-deps fbm stochastic``), and beside
+the second what the normals alone take, which no method that draws them can go below.
 """
 
 import dataclasses
 import functools
 from typing import Any
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +30,10 @@ import numpy as np
 import sdeflow as sf
 from sdeflow.equations import FractionalSDE
 from sdeflow.paths._factor_brownian import joint_factor
+from sdeflow.paths._grid_brownian import normals
 
 from . import _harness as harness
+from ._fractional_bridge import control, past, series
 from ._harness import Claim, Method, Options, Row, Spread, line
 
 N, REPLICATIONS = 256, 24
@@ -196,6 +202,9 @@ def speed(options: Options) -> list[Claim]:
 
     draw = lambda key: sf.paths.FractionalBrownian(np.arange(1025) / 1024, (256,), key=key, hurst=0.7).values
     exact = harness.compiled("sdeflow", draw, (key,))
+    half = (jax.ShapeDtypeStruct((128, 2048), jnp.float32),) * 2
+    own = harness.compiled("our normals", lambda key: normals(key, half, diffrax.BrownianIncrement), (key,))
+    plain = harness.compiled("jax.random.normal", lambda key: jax.random.normal(key, (256, 2048)), (key,))
     peers = []
     for name, make in (("fbm", _fbm), ("stochastic", _stochastic)):
         call = make()
@@ -204,12 +213,15 @@ def speed(options: Options) -> list[Claim]:
             continue
         # The other way round, so that a bound from above asks for ten times the speed.
         peers.append(_named(harness.row(Method(name, call), exact, options, 0.1), name))
+        if name == "stochastic":
+            # What the 2 x 1024 normals of a path cost, whatever is made of them.
+            peers += [_named(harness.row(Method(name, call), m, options), name, m.name) for m in (own, plain)]
     relative = "the package named: ours as a share of its time"
     return [*claims, Claim("fractional", "exact paths", "256 paths of 1024 steps, H = .7", relative, peers)]
 
 
-def _named(row: Row, peer: str) -> Row:
-    return row if row.wall is None else dataclasses.replace(row, method=f"sdeflow / {peer}")
+def _named(row: Row, peer: str, ours: str = "sdeflow") -> Row:
+    return row if row.wall is None else dataclasses.replace(row, method=f"{ours} / {peer}")
 
 
 def _fbm() -> Any:
@@ -232,4 +244,4 @@ def _stochastic() -> Any:
 
 def run(options: Options) -> list[Claim]:
     """All of them."""
-    return [recovery(options), strong(options), *speed(options)]
+    return [recovery(options), strong(options), past(options), control(options), series(options), *speed(options)]

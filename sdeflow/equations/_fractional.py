@@ -7,7 +7,8 @@ depends on time. The integral against B is meant in the sense of Stratonovich: f
 are added. For H < 1/2 the Ito form, which adds w^2/2 g'g to the drift, has no limit, as w grows without bound.
 
 u is a control, by which a posterior differs from its prior; its price is int |u|^2 / 2 dt (Girsanov), with no division
-by g. Source: Daems et al., "Variational inference for SDEs driven by fractional noise", ICLR 2024.
+by g. The factors of type I may start in a law of their own too, at the price of its divergence. Source: Daems et al.,
+"Variational inference for SDEs driven by fractional noise", ICLR 2024.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._compat import is_concrete
-from ..paths import MarkovFractionalNoise
+from ..paths import FactorLaw, MarkovFractionalNoise
 from ._chart import Chart
 from ._equation import AbstractEquation, stratonovich_correction
 from ._terms import check_like, check_noise, check_operator
@@ -37,8 +38,9 @@ class FractionalState(eqx.Module):
     Arguments:
         x: the state of the equation.
         factors: leaves (num_factors, *shape), one set for every dimension of the noise.
-        path_kl: int |u|^2 / 2 dt so far, in nats; None without a control.
-        martingale: int u . dW so far, of mean zero; None without a control.
+        path_kl: int |u|^2 / 2 dt so far, in nats, and the divergence of the law in which the factors started; None
+            without either.
+        martingale: int u . dW so far, and by how much the start exceeded its divergence; its mean is zero.
     """
 
     x: PyTree[Array]
@@ -64,10 +66,14 @@ class FractionalSDE(AbstractEquation):
             motion behind it; then ``sol.final.path_kl`` is the integral of |u|^2 / 2, and ``sol.final.martingale`` that
             of u dW, without gradients in the control's own arrays: a bound on the evidence from which both are
             subtracted has the same mean as without the second, and at the best control no variance.
+        past: ``past(t, x, args)``, a `sdeflow.paths.FactorLaw` in which the factors of type I start, given the x they
+            start with; or the law itself. ``path_kl`` then starts at its divergence, and the martingale at the rest of
+            log q / p for the draw.
         additive: promise that g does not depend on x; then every solver is right.
 
     Raises:
         TypeError: if a function is not callable or the noise is of another kind.
+        ValueError: for type II with a past, which it has not.
 
     Example:
         >>> import jax, jax.numpy as jnp, sdeflow as sf
@@ -82,6 +88,7 @@ class FractionalSDE(AbstractEquation):
     diffusion: Callable[[Any, PyTree, Any], Any]
     noise: MarkovFractionalNoise
     control: Callable[[Any, FractionalState, Any], PyTree] | None
+    past: Callable[[Any, PyTree, Any], FactorLaw] | FactorLaw | None
     interpretation: str = eqx.field(static=True)
     additive: bool = eqx.field(static=True)
 
@@ -92,6 +99,7 @@ class FractionalSDE(AbstractEquation):
         noise: MarkovFractionalNoise,
         *,
         control: Callable[[Any, FractionalState, Any], PyTree] | None = None,
+        past: Callable[[Any, PyTree, Any], FactorLaw] | FactorLaw | None = None,
         additive: bool = False,
     ):
         for name, fn in (("drift", drift), ("diffusion", diffusion), ("control", control)):
@@ -102,7 +110,11 @@ class FractionalSDE(AbstractEquation):
                 f"noise must be a sf.paths.MarkovFractionalNoise, got {type(noise).__name__}: other paths drive an "
                 "sf.SDE through path=."
             )
-        self.drift, self.diffusion, self.noise, self.control = drift, diffusion, noise, control
+        if not (past is None or callable(past) or isinstance(past, FactorLaw)):
+            raise TypeError(f"past must be a sf.paths.FactorLaw or a function that returns one, got {past!r}.")
+        if past is not None and noise.kind == "II":
+            raise ValueError('Noise of kind="II" starts at time 0 and has no past: leave past= out.')
+        self.drift, self.diffusion, self.noise, self.control, self.past = drift, diffusion, noise, control, past
         self.interpretation, self.additive = "stratonovich", additive
 
     def start(
@@ -113,7 +125,7 @@ class FractionalSDE(AbstractEquation):
         Arguments:
             x: the state.
             key: a JAX random key, for the long past of type I.
-            t, args: where the diffusion is asked what noise it takes.
+            t, args: where the diffusion is asked what noise it takes, and ``past`` for its law.
 
         Raises:
             ValueError: for type I without a key.
@@ -124,10 +136,12 @@ class FractionalSDE(AbstractEquation):
                 "the noise is given by path=."
             )
         structure = noise_structure(self.diffusion, t, x, args)
-        factors = self.noise.start(structure, key=jax.random.key(0) if key is None else key)
+        law = self.past(t, x, args) if callable(self.past) else self.past
+        factors, kl, excess = self.noise.start_of(structure, jax.random.key(0) if key is None else key, law)
+        if self.control is None and law is None:
+            return FractionalState(x, factors)
         dtype = jnp.result_type(*jtu.tree_leaves(x))
-        zero = None if self.control is None else jnp.zeros((), dtype)
-        return FractionalState(x, factors, zero, zero)
+        return FractionalState(x, factors, jnp.asarray(kl, dtype), jnp.asarray(excess, dtype))
 
     def terms(self, path: diffrax.AbstractPath | None = None) -> diffrax.AbstractTerm:
         """The terms for the state and its factors, a `FractionalState`.
@@ -151,7 +165,7 @@ class FractionalSDE(AbstractEquation):
         if self.additive or self.interpretation == "ito":
             return self
         drift = _ItoDrift(self.drift, self.diffusion, self.noise, elementwise)  # pyright: ignore[reportCallIssue]
-        out = FractionalSDE(drift, self.diffusion, self.noise, control=self.control)
+        out = FractionalSDE(drift, self.diffusion, self.noise, control=self.control, past=self.past)
         object.__setattr__(out, "interpretation", "ito")
         return out
 
@@ -280,11 +294,11 @@ def _all_drift(equation: FractionalSDE, t: Any, y: FractionalState, args: Any) -
     tall = lambda v, y: v.reshape(-1, *(1,) * (y.ndim - 1)).astype(y.dtype)
     moved = jtu.tree_map(lambda y: (tall(change - w * rates, y) * y).sum(axis=0), y.factors)
     factors = jtu.tree_map(lambda y: -tall(rates, y) * y, y.factors)
-    kl = still = None
+    kl, still = jtu.tree_map(jnp.zeros_like, (y.path_kl, y.martingale))
     if u is not None:
         moved = jtu.tree_map(lambda m, u: m + w.sum().astype(u.dtype) * u, moved, u)
         factors = jtu.tree_map(lambda y, u: y + u, factors, u)
-        kl, still = half_square(u, y.path_kl), jnp.zeros_like(y.martingale)
+        kl = half_square(u, y.path_kl)
     return FractionalState(jtu.tree_map(jnp.add, b, apply_noise(g, moved)), factors, kl, still)
 
 
@@ -296,9 +310,8 @@ def _all_noise(equation: FractionalSDE, t: Any, y: FractionalState, args: Any) -
     def apply(w: PyTree) -> FractionalState:
         factors = jtu.tree_map(lambda y, w: jnp.broadcast_to(w, y.shape), y.factors, w)
         scaled = jtu.tree_map(lambda w: whole.astype(w.dtype) * w, w)
-        if u is None:
-            return FractionalState(apply_noise(g, scaled), factors)
-        return FractionalState(apply_noise(g, scaled), factors, jnp.zeros_like(y.path_kl), inner(u, w, y.martingale))
+        kl, excess = jtu.tree_map(jnp.zeros_like, (y.path_kl, y.martingale))
+        return FractionalState(apply_noise(g, scaled), factors, kl, excess if u is None else inner(u, w, y.martingale))
 
     one = jtu.tree_map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), y.factors)
     return lx.FunctionLinearOperator(apply, one)
@@ -336,9 +349,10 @@ class _Start(eqx.Module):
     y0: PyTree
 
     def __call__(self, ts: Any, args: Any, key: Any) -> FractionalState:
-        ts = ts if isinstance(ts, jax.Array) else np.asarray(ts, np.float64)
+        # On the host where they are known, as slices of a known array are traced inside of a trace.
+        ts = np.asarray(ts, np.float64) if is_concrete(ts) else ts
         horizon = self.equation.noise.horizon
-        known = is_concrete(ts) and ts.ndim == 1 and ts.size > 0
+        known = isinstance(ts, np.ndarray) and ts.ndim == 1 and ts.size > 0
         if known and ts[-1] < ts[0]:
             raise ValueError(
                 "A FractionalSDE is not solved backwards in time: its factors forget, and cannot be run in reverse."

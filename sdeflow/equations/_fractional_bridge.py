@@ -9,9 +9,14 @@ so an observation y of X(T) with deviation s has the density N(y; c . z, v + s^2
 
     u(t, z) = g (y - c . z) / (v + s^2)
 
-is the control under which the bound on its evidence is the evidence, path by path once int u dW is taken off. Source:
-the construction of Daems et al., ICLR 2024, whose control is learned; with s = 0 it is the bridge of Nobis et al.,
-NeurIPS 2025.
+is the control under which the bound on its evidence is the evidence, path by path once int u dW is taken off. Of type I
+the factors at the start, L e with e ~ N(0, 1), are seen through y too: with b = L'(c_1, ..., c_K) and
+T_j = v + s^2 + sum_(i >= j) b_i^2, the law of e given y is that of m + S e with
+
+    m = b (y - c_0 x) / T_1,      S_jj = sqrt(T_(j+1) / T_j),      S_ij = -b_i b_j / sqrt(T_j T_(j+1)) for i > j.
+
+Source: the construction of Daems et al., ICLR 2024, whose control is learned and whose past is that of the prior; with
+s = 0 it is the bridge of Nobis et al., NeurIPS 2025.
 """
 
 from typing import Any
@@ -22,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ..paths import MarkovFractionalNoise
+from ..paths import FactorLaw, MarkovFractionalNoise
+from ..paths._markov_fractional import stationary_factor
 from ._fractional import FractionalSDE, FractionalState
 
 _NODES, _POWER = 64, 3
@@ -30,6 +36,8 @@ _NODES, _POWER = 64, 3
 
 class FractionalBridge(eqx.Module):
     """The control that makes dX = -theta X dt + dB end at an observation; each entry of the state is on its own.
+
+    The factors of type I start in their law given the observation.
 
     Arguments:
         noise: a `sdeflow.paths.MarkovFractionalNoise` with an index that does not depend on time.
@@ -70,11 +78,10 @@ class FractionalBridge(eqx.Module):
         self.noise, self.theta, self.t1, self.value, self.obs_std = noise, theta, t1, value, obs_std
 
     def equation(self) -> FractionalSDE:
-        """The equation of the bridge; without its control it is that of the prior."""
-        theta = self.theta
-        return FractionalSDE(
-            lambda t, x, args: -theta * x, lambda t, x, args: jnp.ones_like(x), self.noise, control=self, additive=True
-        )
+        """The equation of the bridge; without its control and its past it is that of the prior."""
+        theta, past = self.theta, self.past if self.noise.kind == "I" else None
+        drift, diffusion = lambda t, x, args: -theta * x, lambda t, x, args: jnp.ones_like(x)
+        return FractionalSDE(drift, diffusion, self.noise, control=self, past=past, additive=True)
 
     def __call__(self, t: Any, state: FractionalState, args: Any = None) -> Array:
         """The control u(t, z)."""
@@ -87,10 +94,48 @@ class FractionalBridge(eqx.Module):
         safe = jnp.where(variance > 0, variance, 1)
         return jnp.where(variance > 0, pull * (self.value - mean) / safe, 0).astype(x.dtype)
 
-    def log_evidence(self, t: Any, state: FractionalState) -> Array:
-        """The log density of the observation given the state at time ``t``, summed over its entries."""
-        mean, variance = self._end(jnp.asarray(self.t1 - t, state.x.dtype), state)
+    def past(self, t: Any, x: Array, args: Any = None) -> FactorLaw:
+        """The law of the factors given the observation and the state ``x`` in which they start at time ``t``.
+
+        Raises:
+            ValueError: for type II, which has no past.
+        """
+        del args
+        b, mean, variance = self._seen_past(t, x)
+        # T_1, ..., T_(K+1).
+        rest = jnp.append(jnp.cumsum((b**2)[::-1])[::-1], 0) + variance
+        below = -jnp.outer(b, b / jnp.sqrt(rest[:-1] * rest[1:]))
+        wide = lambda v: jnp.broadcast_to(v.reshape(*v.shape, *(1,) * x.ndim), (*v.shape, *x.shape))
+        return FactorLaw(
+            wide(b) * (self.value - mean) / rest[0], wide(jnp.log(rest[1:] / rest[:-1]) / 2), wide(jnp.tril(below, -1))
+        )
+
+    def log_evidence(self, t: Any, state: FractionalState | Array) -> Array:
+        """The log density of the observation given the state at time ``t``, summed over its entries.
+
+        Arguments:
+            t: the time.
+            state: the state with its factors; or x alone, if the equation starts at ``t``.
+        """
+        if isinstance(state, FractionalState):
+            mean, variance = self._end(jnp.asarray(self.t1 - t, state.x.dtype), state)
+        elif self.noise.kind == "I":
+            b, mean, variance = self._seen_past(t, state)
+            variance = variance + (b**2).sum()
+        else:
+            start = FractionalState(state, jnp.zeros((self.noise.num_factors, *state.shape), state.dtype))
+            return self.log_evidence(t, start)
         return jax.scipy.stats.norm.logpdf(self.value, mean, jnp.sqrt(variance)).sum()
+
+    def _seen_past(self, t: Any, x: Array) -> tuple[Array, Array, Array]:
+        """B, and what is expected of the observation, and its variance, if nothing happened before ``t``."""
+        if self.noise.kind == "II":
+            raise ValueError('Noise of kind="II" starts at time 0 and has no past.')
+        tau = jnp.asarray(self.t1 - t, x.dtype)
+        mean, variance = self._end(tau, FractionalState(x, jnp.zeros((self.noise.num_factors, *x.shape), x.dtype)))
+        c = jnp.asarray(self.noise.coefficients(), x.dtype) * self._response(tau)[1]
+        with jax.default_matmul_precision("highest"):
+            return jnp.asarray(stationary_factor(self.noise._rates), x.dtype).T @ c, mean, variance
 
     def _response(self, tau: Array) -> tuple[Array, Array]:
         """c_0 and c_k / w_k."""

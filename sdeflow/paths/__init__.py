@@ -2,6 +2,7 @@
 
 from ._controls import AbstractControl as AbstractControl
 from ._factor_brownian import FactorBrownian as FactorBrownian
+from ._factor_law import FactorLaw as FactorLaw
 from ._fractional_brownian import FractionalBrownian as FractionalBrownian
 from ._fractional_gaussian import estimate_hurst as estimate_hurst
 from ._fractional_gaussian import fgn_log_prob as fgn_log_prob

@@ -77,10 +77,21 @@ def chebyshev_table(kind: Kind, rates: Rates, horizon: float) -> np.ndarray:
     return series
 
 
-def relative_cost(kind: Kind, rates: Rates, horizon: float, hurst: float) -> float:
+def end_covariance(kind: Kind, rates: Rates, horizon: float) -> np.ndarray:
+    """The covariance of Y_k(T) - Y_k(0), shape (K, K)."""
+    g = np.asarray(rates)
+    total = g[:, None] + g[None, :]
+    gone = -np.expm1(-(total if kind == "II" else g) * horizon)
+    pair = gone if kind == "II" else gone[:, None] + gone[None, :]
+    return np.where(total == 0, horizon, pair / np.where(total == 0, 1.0, total))
+
+
+def relative_cost(kind: Kind, rates: Rates, horizon: float, hurst: float, matched: bool = False) -> float:
     """J / c: the share of the variance, averaged over the horizon, by which B' misses B."""
     scaled = tuple(rate * horizon for rate in rates)
     w = solve_weights(kind, scaled, 1.0, np.array([hurst]))[0]
+    if matched:
+        w = w * np.sqrt(variance(hurst, kind) / (w @ end_covariance(kind, scaled, 1.0) @ w))
     b, c = moments(kind, scaled, 1.0, hurst)
     return float(max(w @ gram(kind, scaled, 1.0) @ w - 2 * b @ w + c, 0.0) / c)
 

@@ -29,7 +29,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._compat import SdeflowWarning, is_concrete, warn
 from ..grids import Grid
 from ._factor_brownian import FactorBrownian, factor_increment
-from ._fractional_fit import HIGHEST, LOWEST, Kind, chebyshev_table, relative_cost
+from ._factor_law import FactorLaw
+from ._fractional_fit import HIGHEST, LOWEST, Kind, chebyshev_table, end_covariance, relative_cost
 from ._grid_brownian import as_structure, normals
 from ._kalman import kalman
 from ._threefry import written_out
@@ -56,6 +57,8 @@ class MarkovFractionalNoise(eqx.Module):
         normalise: scale to Var B(t) = t^(2H); otherwise the kernel is (t - s)^(H - 1/2) / Gamma(H + 1/2), whose
             variance at t = 1 changes with H, so that a learned H is confounded with the scale of the noise.
         rates: the rates themselves, in place of the grid, distinct and not negative.
+        match_variance: scale the weights so that Var B(T) at the horizon is that of fractional Brownian motion. The
+            nearest weights have less variance where few factors do not reach it, near H = 0.1 and for type I near 0.9.
 
     Raises:
         ValueError: for H outside of its interval, a horizon, spacing or rates that are not positive, fewer than two
@@ -76,6 +79,7 @@ class MarkovFractionalNoise(eqx.Module):
     kind: Kind = eqx.field(static=True)
     horizon: float = eqx.field(static=True)
     normalise: bool = eqx.field(static=True)
+    match_variance: bool = eqx.field(static=True)
     _rates: tuple[float, ...] = eqx.field(static=True)
 
     def __init__(
@@ -89,10 +93,12 @@ class MarkovFractionalNoise(eqx.Module):
         max_rate: float | None = None,
         normalise: bool = True,
         rates: Sequence[float] | np.ndarray | None = None,
+        match_variance: bool = False,
     ):
         if kind not in ("I", "II"):
             raise ValueError(f'kind must be "I" or "II", got {kind!r}.')
         self.kind, self.horizon, self.normalise = kind, _positive(horizon, "horizon"), bool(normalise)
+        self.match_variance = bool(match_variance)
         self._rates = _grid(self.horizon, kind, spacing, num_factors, max_rate, rates)
         self._logit, self._function = None, None
         if callable(hurst):
@@ -142,7 +148,7 @@ class MarkovFractionalNoise(eqx.Module):
             raise ValueError("The Hurst index depends on time: ask for coefficients(t).")
         else:
             hurst = jnp.asarray(self._function(t), jnp.result_type(float))
-        return _weights(hurst, self.kind, self._rates, self.horizon, self.normalise)
+        return _weights(hurst, self.kind, self._rates, self.horizon, self.normalise, self.match_variance)
 
     def covariance(self, s: Any, t: Any) -> Array:
         """E B(s) B(t), of arrays that broadcast.
@@ -187,25 +193,47 @@ class MarkovFractionalNoise(eqx.Module):
         """
         if self._logit is None or not is_concrete(self._logit):
             raise ValueError("cost() needs a Hurst index that is a number, known outside of any trace.")
-        return relative_cost(self.kind, self._rates, self.horizon, float(self.hurst))
+        return relative_cost(self.kind, self._rates, self.horizon, float(self.hurst), self.match_variance)
 
-    def start(self, structure: PyTree | tuple[int, ...], *, key: PRNGKeyArray) -> PyTree[Array]:
+    def start(
+        self, structure: PyTree | tuple[int, ...], *, key: PRNGKeyArray, law: FactorLaw | None = None
+    ) -> PyTree[Array]:
         """The factors at time 0: a draw of their stationary law for type I, zeros for type II.
 
         Arguments:
             structure: what one factor looks like: an array or tree of arrays, or a shape tuple.
             key: a JAX random key.
+            law: what to draw type I from instead.
 
         Returns:
             Leaves (num_factors, *shape).
+
+        Raises:
+            ValueError: for type II with a law, or one whose shapes are not those of the factors.
+        """
+        return self.start_of(structure, key, law)[0]
+
+    def start_of(self, structure: Any, key: PRNGKeyArray, law: FactorLaw | None) -> tuple[PyTree[Array], Any, Any]:
+        """The factors at time 0, the divergence of their law from the prior, and by how much this draw exceeds it.
+
+        The excess has mean zero, and so has its gradient; with it the law's own density is held (Roeder, Wu and
+        Duvenaud 2017).
         """
         one = lambda x: jax.ShapeDtypeStruct((self.num_factors, *x.shape), x.dtype)
         several = jtu.tree_map(one, as_structure(structure))
         if self.kind == "II":
-            return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), several)
+            if law is not None:
+                raise ValueError('The factors of kind="II" start at zero and have no law to choose: leave it out.')
+            return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), several), 0, 0
         key = jax.random.fold_in(written_out(key), _STREAM)
-        z = normals(key, several, diffrax.BrownianIncrement)["W"]
-        return jtu.tree_map(lambda z: _mix(stationary_factor(self._rates), z), z)
+        z, kl, excess = normals(key, several, diffrax.BrownianIncrement)["W"], 0, 0
+        if law is not None:
+            expected, found = (jtu.tree_map(jnp.shape, x) for x in (several, law.mean))
+            if expected != found:
+                raise ValueError(f"The law of the factors should have a mean of shape {expected}, got {found}.")
+            z, kl = law.at(z), law.kl()
+            excess = jax.lax.stop_gradient(law).log_ratio(z) - kl
+        return jtu.tree_map(lambda z: _mix(stationary_factor(self._rates), z), z), kl, excess
 
     def path(self, grid: Grid, structure: PyTree | tuple[int, ...], *, key: PRNGKeyArray) -> FactorBrownian:
         """What drives the factors on a grid, for `sdeflow.solvers.ExponentialHeun`.
@@ -287,8 +315,10 @@ class MarkovFractionalNoise(eqx.Module):
 
 
 # Compiled, so that a call outside of any trace does not compile its operations one by one.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _weights(hurst: Array, kind: Kind, rates: tuple[float, ...], horizon: float, normalise: bool) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _weights(
+    hurst: Array, kind: Kind, rates: tuple[float, ...], horizon: float, normalise: bool, match_variance: bool
+) -> Array:
     x = (hurst - (HIGHEST + LOWEST) / 2) / ((HIGHEST - LOWEST) / 2)
     # A polynomial is no answer outside of its interval, which only a function of time can leave.
     x = jnp.where(jnp.abs(x) <= 1, x, jnp.nan)
@@ -297,6 +327,10 @@ def _weights(hurst: Array, kind: Kind, rates: tuple[float, ...], horizon: float,
     for row in table[:0:-1]:  # Clenshaw
         later, last = row + 2 * x * later - last, later
     w = table[0] + x * later - last
+    if match_variance:
+        each = jnp.asarray(end_covariance(kind, rates, horizon), x.dtype)
+        w = w * horizon**hurst / jnp.sqrt(jnp.einsum("i,ij,j", w, each, w, precision="highest"))
+        return w if normalise else w / _unit_scale(hurst, kind)
     # Not in the series: its roots at the ends of (0, 1) would spoil the convergence.
     return w * _unit_scale(hurst, kind) if normalise else w
 

@@ -103,6 +103,22 @@ def test_a_control_pushes_the_noise_and_is_paid_for():
     np.testing.assert_allclose(ordinary.ys[-1].sum() - 1.4, ordinary.final.martingale / 0.7, atol=1e-3)
 
 
+def test_a_past_is_paid_for_with_and_without_a_control():
+    law = sf.paths.FactorLaw(jnp.full((6, 2), 0.5), jnp.zeros((6, 2)))
+    run = lambda sde, **options: sf.solve(sde, jnp.ones(2), [0.0, 1.0], **{"dt0": 0.1, "key": KEY, **options}).final
+    final = run(equation(past=law))
+    assert float(final.path_kl) == pytest.approx(1.5, rel=1e-6)
+    by_args = equation(past=lambda t, x, args: args, control=lambda t, y, args: jnp.full(2, 0.7, jnp.float32))
+    assert float(run(by_args, args=law).path_kl) == pytest.approx(1.5 + 0.49, rel=1e-5)
+    ordinary = run(equation(past=law), dt0=1 / 1024, solver=dfx.Heun())
+    assert float(ordinary.path_kl) == pytest.approx(1.5, rel=1e-6)
+    assert float(ordinary.martingale) == float(final.martingale) != 0
+    with pytest.raises(ValueError, match="has no past"):
+        equation("II", past=law)
+    with pytest.raises(TypeError, match="past must be"):
+        equation(past=0.5)
+
+
 def test_bad_input():
     sde = equation()
     run = lambda sde, ts=(0.0, 1.0), **options: sf.solve(
@@ -134,6 +150,10 @@ def test_bad_input():
 def test_what_is_traced_and_does_not_fit_fails():
     run = jax.jit(lambda ts: sf.solve(equation(), jnp.ones(2), ts, steps_per_interval=4, key=KEY).result)
     assert sf.is_okay(run(jnp.array([0.0, 1.0])))
+    # Known times are known inside of a trace too.
+    known = jnp.array([0.0, 1.5])
+    with pytest.raises(ValueError, match="horizon that covers"):
+        jax.jit(lambda x: sf.solve(equation(), x, known, steps_per_interval=4, key=KEY).ys)(jnp.ones(2))
     assert not sf.is_okay(run(jnp.array([0.0, 1.5])))
     stiff = jax.jit(
         lambda ts: sf.solve(equation(), jnp.ones(2), ts, steps_per_interval=4, key=KEY, solver=dfx.Heun()).result

@@ -1,5 +1,6 @@
 """The closed-form control: its bound on the evidence is the evidence, for every path as steps are refined."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,8 @@ from helpers.stats import z_of_mean
 
 import sdeflow as sf
 from sdeflow.equations import FractionalBridge, FractionalState
+from sdeflow.paths import FactorLaw
+from sdeflow.paths._markov_fractional import stationary_factor
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -29,7 +32,7 @@ def bounds(bridge, n, paths=2000):
         path = bridge.noise.path(grid, (1,), key=jax.random.fold_in(key, 1))
         final = sf.solve(equation, start, [0.0, 1.0], path=path).final
         fit = jax.scipy.stats.norm.logpdf(bridge.value, final.x, bridge.obs_std).sum() - final.path_kl
-        truth = bridge.log_evidence(0.0, start)
+        truth = bridge.log_evidence(0.0, jnp.zeros(1))
         return fit - final.martingale - truth, fit - truth
 
     return [np.asarray(v) for v in one(jax.random.split(jax.random.key(0), paths))]
@@ -58,9 +61,74 @@ def test_the_bound_is_the_evidence(hurst, theta, evidence, spread):
     assert abs(finer.mean()) < 0.012
 
 
-def test_with_a_long_past_given_where_it_starts():
-    tight, _ = bounds(bridge_of(0.3, 0.0, "I"), 400)
+def test_with_a_long_past_that_is_seen_through_the_observation():
+    """The start too is taken off path by path: what is left is the error of the steps."""
+    tight, loose = bounds(bridge_of(0.3, 0.0, "I"), 400)
     assert tight.std() < 1.3 * 0.109
+    assert -0.06 < tight.mean() < 3 * tight.std() / np.sqrt(len(tight))
+    assert abs(z_of_mean((loose - tight).reshape(8, -1), 0.0)) < 5
+
+
+#: the evidence of the bridge of Daems et al., and its best bound with a past as in the prior
+EVIDENCE = {
+    0.1: (-1.49594, -1.54004), 0.3: (-1.28221, -1.28732), 0.5: (-1.22998, -1.23035), 0.7: (-1.25857, -1.26478),
+    0.9: (-1.31140, -1.40808),
+}  # fmt: skip
+#: how far independent coordinates of the past stay below the evidence
+INDEPENDENT = {0.1: 0.03280, 0.3: 0.00346, 0.5: 0.00015, 0.7: 0.00066, 0.9: 0.01327}
+
+
+def best_bound(bridge, law):
+    """The best bound with factors that start in a law, from the definition: E log p(y | factors) - KL."""
+    zero, L = jnp.zeros(1), stationary_factor(bridge.noise._rates)
+    at = lambda z: bridge.log_evidence(0.0, FractionalState(zero, L @ z))
+    # Quadratic in the coordinates, so that its mean is exact.
+    curvature, S = jax.hessian(lambda z: at(z[:, None]))(jnp.zeros(len(L))), law._matrices()[..., 0]
+    return float(at(law.mean) + jnp.trace(S.T @ curvature @ S) / 2 - law.kl())
+
+
+@pytest.mark.parametrize("hurst", EVIDENCE)
+def test_the_law_of_the_past(hurst):
+    noise = sf.paths.MarkovFractionalNoise(hurst, 6.0, rates=np.geomspace(1 / 20, 20, 5), normalise=False)
+    bridge = FractionalBridge(noise, 0.0, 2.0, value=0.0, obs_std=0.1)
+    evidence, prior = EVIDENCE[hurst]
+    assert float(bridge.log_evidence(0.0, jnp.zeros(1))) == pytest.approx(evidence, abs=1e-5)
+    zeros = jnp.zeros((5, 1))
+    assert best_bound(bridge, FactorLaw(zeros, zeros)) == pytest.approx(prior, abs=1e-5)
+    assert best_bound(bridge, bridge.past(0.0, jnp.zeros(1))) == pytest.approx(evidence, abs=1e-5)
+    # Bayes' rule at any value, mean included.
+    moved = FractionalBridge(noise, 0.5, 2.0, value=1.3, obs_std=0.1)
+    law = moved.past(0.0, jnp.ones(1))
+    z = jnp.linspace(-1.0, 0.8, 5)[:, None]
+    given = moved.log_evidence(0.0, FractionalState(jnp.ones(1), stationary_factor(noise._rates) @ z))
+    assert float(given - law.log_ratio(z)) == pytest.approx(float(moved.log_evidence(0.0, jnp.ones(1))), abs=1e-9)
+    law = bridge.past(0.0, jnp.zeros(1))
+    # The best independent coordinates have the joint law's mean and the diagonal of its precision.
+    S = law._matrices()[..., 0]
+    alone = -jnp.log(jnp.diag(jnp.linalg.inv(S @ S.T)))[:, None] / 2
+    gap = evidence - best_bound(bridge, FactorLaw(law.mean, alone))
+    assert gap == pytest.approx(INDEPENDENT[hurst], abs=2e-5)
+
+
+def test_what_is_learned_of_the_past_is_nothing_at_its_law():
+    """For every draw, with the martingale taken off; without, only on average."""
+    bridge = bridge_of(0.3, 0.0, "I")
+    x = jnp.zeros(1)
+
+    def bound(law, key, low):
+        equation = bridge.equation()
+        state = eqx.tree_at(lambda e: e.past, equation, law).start(x, key=key)
+        return bridge.log_evidence(0.0, state) - state.path_kl - low * state.martingale
+
+    slopes = jax.jit(jax.vmap(jax.grad(bound), in_axes=(None, 0, None)))
+    keys = jax.random.split(jax.random.key(3), 4000)
+    low, high = (slopes(bridge.past(0.0, x), keys, flag) for flag in (1.0, 0.0))
+    for exact, loose in zip(jax.tree.leaves(low), jax.tree.leaves(high)):
+        np.testing.assert_allclose(exact, 0, atol=1e-10)
+        rough = np.asarray(loose).reshape(8, 500, -1)
+        used = rough.std(axis=(0, 1)) > 0
+        assert used.any()
+        assert (np.abs(rough.mean(axis=(0, 1))) < 5 * rough.std(axis=(0, 1)) / np.sqrt(4000) + 1e-12).all()
 
 
 def test_paths_have_the_law_of_the_bridge():

@@ -45,6 +45,9 @@ def test_the_index_has_a_gradient_and_the_rates_have_none(model, data):
     assert np.isfinite(slope.memory._logit)
     assert slope.memory._logit != 0
     assert len(jax.tree_util.tree_leaves(slope.memory)) == 1
+    # It can learn what the long past was, from that of the prior on.
+    assert not np.any(model.past.bias)
+    assert (np.asarray(slope.past.bias).reshape(2 + 6, 6, 3)[:2, 1:] != 0).all()
     assert all(np.isfinite(x).all() for x in jax.tree_util.tree_leaves(slope))
 
 

@@ -106,6 +106,30 @@ def test_half_is_brownian_motion_and_the_kernel_has_its_variance(kind):
 
 
 @pytest.mark.parametrize("kind", ["I", "II"])
+def test_the_variance_at_the_horizon_can_be_matched(kind):
+    for hurst, missing in ((0.1, {"I": 0.753, "II": 0.843}), (0.9, {"I": 0.463, "II": 0.998})):
+        options = {"kind": kind, "rates": OFFICIAL}
+        plain = Noise(hurst, 1.0, **options).covariance(1.0, 1.0)
+        assert float(plain) == pytest.approx(missing[kind], abs=6e-4)  # what is known of the nearest weights
+        matched = Noise(hurst, 3.0, **options, match_variance=True)
+        assert float(matched.covariance(3.0, 3.0)) == pytest.approx(3 ** (2 * hurst), rel=1e-10)
+        kernel = Noise(hurst, 3.0, **options, match_variance=True, normalise=False).covariance(3.0, 3.0)
+        assert float(kernel) == pytest.approx(3 ** (2 * hurst) * float(fit.variance(hurst, kind)), rel=1e-10)
+        # All weights are scaled alike, away from the nearest ones, at the cost that the moments say.
+        w = matched.coefficients()
+        nearest = Noise(hurst, 3.0, **options)
+        np.testing.assert_allclose(w / nearest.coefficients(), (w / nearest.coefficients())[0], rtol=1e-10)
+        b, c = fit.moments(kind, OFFICIAL, 3.0, hurst)
+        w = np.asarray(w) * np.sqrt(fit.variance(hurst, kind))
+        exact = (w @ fit.gram(kind, OFFICIAL, 3.0) @ w - 2 * b @ w + c) / c
+        assert matched.cost() == pytest.approx(exact, rel=1e-5, abs=1e-9)
+        assert matched.cost() >= nearest.cost()
+    make = jax.jit(lambda h: Noise(h, 1.0, kind=kind, match_variance=True).coefficients())
+    step = (make(0.3 + 1e-6) - make(0.3 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(jax.jacrev(make)(0.3), step, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
 def test_weights_scale_with_the_horizon(kind):
     one, seven = Noise(0.3, 1.0, kind=kind), Noise(0.3, 7.0, kind=kind)
     np.testing.assert_allclose(seven.rates, one.rates / 7)

@@ -1,6 +1,7 @@
 """The exponential method for fractional noise: weak error without Monte Carlo, exact solutions, trees, gradients."""
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,28 +197,46 @@ def test_adaptive_steps_and_trees():
 
 
 def test_gradients_agree_and_diffrax_takes_the_same_steps():
+    """In the index, the weights of a control and the law of the past, whichever way the walk is differentiated."""
     grid = sf.grids.uniform(0.0, 1.0, 12)
     path = Noise(0.3, 1.0).path(grid, (2,), key=jax.random.key(0))
 
-    def value(hurst, adjoint):
-        sde = FractionalSDE(decay, growing, Noise(hurst, 1.0))
-        return (
-            sf.solve(sde, sde.start(jnp.ones(2), key=jax.random.key(1)), [0.0, 1.0], path=path, adjoint=adjoint)
-            .ys[-1]
-            .sum()
-        )
+    def equation(params):
+        push = lambda w, t, state, args: jnp.tanh(w[0, 0] * t + w[1] @ state.factors + w[2, 0] * state.x)
+        control = eqx.Partial(push, params["control"])
+        return FractionalSDE(decay, growing, Noise(params["hurst"], 1.0), control=control, past=params["past"])
 
-    adjoints = (sf.adjoints.DiscreteAdjoint(), dfx.RecursiveCheckpointAdjoint())
-    found = [float(jax.jit(jax.grad(lambda h, a=a: value(h, a)))(0.3)) for a in adjoints]
-    forward = float(jax.jit(jax.jacfwd(lambda h: value(h, dfx.ForwardMode())))(0.3))
-    np.testing.assert_allclose(found, forward, rtol=1e-9)
-    plain = jax.jit(lambda h: value(h, None))
-    assert forward == pytest.approx(float(plain(0.3 + 1e-5) - plain(0.3 - 1e-5)) / 2e-5, rel=1e-6)
+    def value(params, low, adjoint):
+        sde = equation(params)
+        start = sde.start(jnp.ones(2), key=jax.random.key(1))
+        final = sf.solve(sde, start, [0.0, 1.0], path=path, adjoint=adjoint).final
+        return final.x.sum() - final.path_kl - low * final.martingale
 
-    sde = FractionalSDE(decay, growing, Noise(0.3, 1.0))
-    start = sde.start(jnp.ones(2), key=jax.random.key(1))
-    sol = dfx.diffeqsolve(sde.terms(path), Heun(), 0.0, 1.0, 1 / 12, start)
-    assert float(sol.ys.x[-1].sum()) == pytest.approx(float(plain(0.3)), rel=1e-9)
+    size = np.random.default_rng(0).normal
+    params = {
+        "hurst": jnp.asarray(0.3),
+        "control": 0.3 * jnp.asarray(size(size=(3, 6))),
+        "past": sf.paths.FactorLaw(*(0.3 * jnp.asarray(size(size=shape)) for shape in ((6, 2), (6, 2), (6, 6, 2)))),
+    }
+    adjoints = (sf.adjoints.DiscreteAdjoint(), dfx.RecursiveCheckpointAdjoint(), dfx.DirectAdjoint())
+    slopes = [jax.jit(jax.grad(lambda p, low, a=a: value(p, low, a))) for a in adjoints]
+    forward = jax.jit(jax.jacfwd(lambda p, low: value(p, low, dfx.ForwardMode())))
+    for low in (0.0, 1.0):
+        exact = forward(params, low)
+        for slope in slopes:
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), slope(params, low), exact
+            )
+    # The martingale holds the control's own arrays and those of the law; without it all of them are seen.
+    plain, exact = jax.jit(lambda p: value(p, 0.0, None)), forward(params, 0.0)
+    direction = jax.tree.map(lambda x: jnp.asarray(size(size=x.shape)), params)
+    moved = [plain(jax.tree.map(lambda x, v, e=e: x + e * v, params, direction)) for e in (1e-5, -1e-5)]
+    along = sum(jax.tree.leaves(jax.tree.map(lambda g, v: jnp.sum(g * v), exact, direction)))
+    assert float(along) == pytest.approx(float(moved[0] - moved[1]) / 2e-5, rel=1e-6)
+
+    sde = equation(params)
+    sol = dfx.diffeqsolve(sde.terms(path), Heun(), 0.0, 1.0, 1 / 12, sde.start(jnp.ones(2), key=jax.random.key(1)))
+    assert float(sol.ys.x[-1].sum() - sol.ys.path_kl[-1]) == pytest.approx(float(plain(params)), rel=1e-9)
 
 
 def test_gradients_in_the_times():

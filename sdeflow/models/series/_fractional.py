@@ -4,7 +4,7 @@
 
 B fractional noise of few factors, one set for every number of z, with a Hurst index that is learned. The posterior
 pushes the Brownian motion behind the factors by u(t, z, factors, what is to come), so its divergence is
-E int |u|^2 / 2 dt.
+E int |u|^2 / 2 dt. Of type I the factors start in a normal law that is read off the series, whose divergence is added.
 
 Source: Daems, Opper, Crevecoeur and Birdal, "Variational inference for SDEs driven by fractional noise", ICLR 2024.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from ...equations import AbstractEquation, FractionalSDE, FractionalState
-from ...paths import MarkovFractionalNoise
+from ...paths import FactorLaw, MarkovFractionalNoise
 from ...solvers import ExponentialHeun
 from ...solving import Solution, solve
 from ..fields import MLP
@@ -27,8 +27,8 @@ from ._latent import LatentSDE
 class FractionalLatentSDE(LatentSDE):
     r"""A latent equation dz = h(t, z) dt + g(z) o dB with fractional noise B and a Hurst index that is learned.
 
-    All else is as in `LatentSDE`. The factors of the noise start in the posterior as in the prior, which for type I
-    costs the bound a few hundredths of a nat where H is near 0 or 1, and nothing for type II.
+    All else is as in `LatentSDE`. Factors of type I have a long past, and the posterior a law of its own for it: left
+    as in the prior it would cost the bound a few hundredths of a nat where H is near 0 or 1. Type II has no past.
 
     Arguments:
         channels: C, the channels of the series.
@@ -59,6 +59,7 @@ class FractionalLatentSDE(LatentSDE):
     """
 
     memory: MarkovFractionalNoise
+    past: eqx.nn.Linear | None
 
     def __init__(
         self,
@@ -89,15 +90,28 @@ class FractionalLatentSDE(LatentSDE):
         last = lambda net: (net.layers[-1].weight, net.layers[-1].bias)
         bend = eqx.tree_at(last, bend, tuple(0.1 * x for x in last(bend)))
         self.posterior = eqx.tree_at(lambda p: p.bend, self.posterior, bend)
+        self.past = None
+        if kind == "I":
+            # Of zeros, which are the past of the prior.
+            past = eqx.nn.Linear(context_size, num_factors * (2 + num_factors) * latent_size, key=key)
+            self.past = jax.tree_util.tree_map(jnp.zeros_like, past)
 
     @property
     def prior(self) -> AbstractEquation:
         """The equation of the hidden path before anything is observed."""
-        return self._equation(None)
+        return self._equation()
 
-    def _equation(self, control: Any) -> FractionalSDE:
+    def _equation(self, control: Any = None, past: Any = None) -> FractionalSDE:
         prior = self.posterior.prior
-        return FractionalSDE(prior.drift, prior.diffusion, self.memory, control=control, additive=prior.additive)
+        return FractionalSDE(
+            prior.drift, prior.diffusion, self.memory, control=control, past=past, additive=prior.additive
+        )
+
+    def _past(self, t: Any, z: Array, context: Any) -> FactorLaw:
+        # The first summary is of the whole series.
+        out = self.past(context.features[0][: self.cell.hidden_size])  # pyright: ignore[reportOptionalCall]
+        out = out.reshape(-1, self.memory.num_factors, z.shape[0])
+        return FactorLaw(out[0], out[1], out[2:])
 
     def _push(self, t: Any, state: FractionalState, context: Any) -> Array:
         # The factors are of the size of the noise they make at the end of the horizon.
@@ -109,5 +123,6 @@ class FractionalLatentSDE(LatentSDE):
         how = {"steps_per_interval": self.steps_per_interval, "solver": self.solver, "key": key, "throw": False}
         if context is None:
             return solve(self.prior, z, times, regularisers=regularisers, **how), jnp.zeros(())
-        sol = solve(self._equation(self._push), z, times, args=context, regularisers=regularisers, **how)
+        posterior = self._equation(self._push, None if self.past is None else self._past)
+        sol = solve(posterior, z, times, args=context, regularisers=regularisers, **how)
         return sol, sol.final.path_kl
