@@ -110,6 +110,7 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_quick_demo_of_bridges_predicts_a_day_and_leaves_a_figure(tmp_path, capsys):
     assert command.main(["demo", "--job", "bridges", "--quick", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -239,6 +240,7 @@ def check_samplers(lines, least):
         assert before < least <= after
 
 
+@pytest.mark.slow
 def test_a_quick_demo_of_samplers_draws_scores_inverts_and_steers(tmp_path, capsys):
     pytest.importorskip("sklearn")
     assert command.main(["demo", "--job", "samplers", "--quick", "--out", str(tmp_path)]) == 0

@@ -68,7 +68,12 @@ def _blocks(text: str, *languages: str) -> list[tuple[int, str]]:
     return [(text[: block.start(1)].count("\n"), block.group(1)) for block in found]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+# These train or fit on the way.
+_LONG = {"bridges.md", "diffusion.md", "fractional.md", "series.md"}
+_RUNS = [pytest.param(page, marks=[pytest.mark.slow] * (page.name in _LONG), id=_name(page)) for page in PAGES]
+
+
+@pytest.mark.parametrize("page", _RUNS)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     # The blocks of a page are one program, read from the top.
     monkeypatch.chdir(tmp_path)

@@ -108,7 +108,7 @@ def test_the_posterior_knows_the_future_and_the_prior_follows_the_end():
     np.testing.assert_array_equal(model.posterior.push(float(t[-1]) + 0.1, z, context), jnp.zeros(3))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [LatentSDE, pytest.param(LatentODE, marks=pytest.mark.slow)])
 def test_samples_have_their_shapes_and_gradients_are_finite(kind):
     model, data = model_of(kind), walks()
     assert model.forecast(data, [6.0, 7.0], 4, key=KEY).shape == (6, 4, 2, 2)
