@@ -9,6 +9,7 @@ E int |u|^2 / 2 dt. Of type I the factors start in a normal law that is read off
 Source: Daems, Opper, Crevecoeur and Birdal, "Variational inference for SDEs driven by fractional noise", ICLR 2024.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -40,7 +41,7 @@ class FractionalLatentSDE(LatentSDE):
         kind: "I", stationary increments, or "II", noise that starts with the series.
         num_factors: factors of the noise.
         max_rate: the fastest rate of a factor, by default 100 / horizon.
-        decoder: "network", or "identity" where H = C.
+        decoder: "network", "identity" where H = C, or a callable of your own from shape (H,) to (C,).
         noise: the standard deviation of observations to start from; it is learned, for each channel.
         additive: whether g is the same everywhere.
         steps_per_interval: steps between two observations.
@@ -73,7 +74,7 @@ class FractionalLatentSDE(LatentSDE):
         kind: Literal["I", "II"] = "I",
         num_factors: int = 6,
         max_rate: float | None = None,
-        decoder: Literal["network", "identity"] = "network",
+        decoder: Literal["network", "identity"] | Callable[[Array], Array] = "network",
         noise: float = 0.1,
         additive: bool = False,
         steps_per_interval: int = 4,

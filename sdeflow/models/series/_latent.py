@@ -16,7 +16,7 @@ Sources: Li, Wong, Chen and Duvenaud, "Scalable gradients for stochastic differe
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import diffrax
@@ -56,13 +56,22 @@ class AbstractLatentModel(AbstractSeriesModel):
         self, channels: Any, latent_size: Any, width: int, decoder: Any, noise: Any, solver: Any, steps: Any, key: Any
     ) -> None:
         self.channels, self.latent_size = check_size("channels", channels), check_size("latent_size", latent_size)
-        if decoder not in ("network", "identity"):
-            raise ValueError(f'decoder must be "network" or "identity", got {decoder!r}.')
+        if not callable(decoder) and decoder not in ("network", "identity"):
+            raise ValueError(f'decoder must be "network", "identity" or a callable, got {decoder!r}.')
         if decoder == "identity" and channels != latent_size:
             raise ValueError(
                 f"The identity decodes channels={channels} only from as many latent numbers, not {latent_size}."
             )
-        self.decoder = None if decoder == "identity" else MLP(latent_size, channels, width=width, depth=1, key=key)
+        if callable(decoder):
+            z = jax.ShapeDtypeStruct((self.latent_size,), jnp.result_type(float))
+            found = jax.tree_util.tree_map(lambda x: x.shape, eqx.filter_eval_shape(decoder, z))
+            if found != (self.channels,):
+                raise ValueError(f"The decoder must take shape {z.shape} to ({self.channels},), but it gives {found}.")
+            self.decoder = decoder
+        elif decoder == "identity":
+            self.decoder = None
+        else:
+            self.decoder = MLP(latent_size, channels, width=width, depth=1, key=key)
         self.log_noise = jnp.full(channels, np.log(check_noise(noise)), jnp.result_type(float))
         self.solver, self.steps_per_interval = check_solver(solver), check_size("steps_per_interval", steps)
 
@@ -155,7 +164,8 @@ class _Context(eqx.Module):
     """What the posterior knows at a time: the next observation, when it is, and a summary of all from it on."""
 
     times: Array
-    features: Array
+    summaries: Array
+    observed: Array  # apart from what is learned: the gradient in an array that is read at every step is as large as it
     end: Array
 
     def at(self, t: Any) -> tuple[Array, Array]:
@@ -164,7 +174,7 @@ class _Context(eqx.Module):
         i = jnp.searchsorted(self.times, t, side="right", method="compare_all")
         i = jnp.minimum(i, self.times.shape[0] - 1)
         gap = jnp.maximum(self.times[i] - t, 0)
-        return jnp.concatenate([self.features[i], bounded_time(t), gap[None]]), t < self.end
+        return jnp.concatenate([self.summaries[i], self.observed[i], bounded_time(t), gap[None]]), t < self.end
 
 
 class _Prior(AbstractEquation):
@@ -257,7 +267,7 @@ class LatentSDE(AbstractLatentModel):
         latent_size: H, the length of z.
         width: hidden layers of the networks.
         context_size: length of the summary.
-        decoder: "network", or "identity" where H = C.
+        decoder: "network", "identity" where H = C, or a callable of your own from shape (H,) to (C,).
         noise: the standard deviation of observations to start from; it is learned, for each channel.
         additive: whether g is the same everywhere. Then ShARK solves the equation, and the bound is nearly that of
             small steps. Euler's, whose steps have the variance of the prior, is lower by about (g^2 h / s^2)^2 / 4 for
@@ -291,7 +301,7 @@ class LatentSDE(AbstractLatentModel):
         latent_size: int,
         width: int = 64,
         context_size: int = 64,
-        decoder: Literal["network", "identity"] = "network",
+        decoder: Literal["network", "identity"] | Callable[[Array], Array] = "network",
         noise: float = 0.1,
         additive: bool = False,
         solver: diffrax.AbstractSolver | None = None,
@@ -348,8 +358,8 @@ class LatentSDE(AbstractLatentModel):
         whole, summaries = jax.lax.scan(row, start, (filled, marks, gaps), reverse=True)
         mean, raw = jnp.split(self.begin(whole), 2)
         # A row without observations has what the next one with any has, and its time.
-        features = jnp.concatenate([summaries, filled, marks], axis=1)[following]
-        context = _Context(jnp.minimum(times[following], end), features, end)
+        observed = jnp.concatenate([filled, marks], axis=1)[following]
+        context = _Context(jnp.minimum(times[following], end), summaries[following], observed, end)
         return mean, jax.nn.softplus(raw) + 1e-3, context
 
     def path(self, z: Array, times: Array, context: Any, *, key: Any, regularisers: Any) -> tuple[Solution, Array]:
@@ -370,7 +380,7 @@ class LatentODE(AbstractLatentModel):
         latent_size: H, the length of z.
         width: hidden layers of the networks.
         context_size: length of the state of the ODE-RNN.
-        decoder: "network", or "identity" where H = C.
+        decoder: "network", "identity" where H = C, or a callable of your own from shape (H,) to (C,).
         noise: the standard deviation of observations to start from; it is learned, for each channel.
         solver: a diffrax solver, ``diffrax.Heun`` by default.
         steps_per_interval: steps between two observations.
@@ -399,7 +409,7 @@ class LatentODE(AbstractLatentModel):
         latent_size: int,
         width: int = 64,
         context_size: int = 64,
-        decoder: Literal["network", "identity"] = "network",
+        decoder: Literal["network", "identity"] | Callable[[Array], Array] = "network",
         noise: float = 0.1,
         solver: diffrax.AbstractSolver | None = None,
         steps_per_interval: int = 1,
