@@ -129,6 +129,12 @@ def test_samples_have_their_shapes_and_gradients_are_finite(kind):
     assert np.mean(loss[-5:]) < np.mean(loss[:5])
 
 
+def test_a_decoder_may_be_one_s_own():
+    own = eqx.nn.Linear(3, 2, key=KEY)
+    model = model_of(LatentSDE, decoder=own)
+    np.testing.assert_array_equal(model.decode(jnp.ones(3)), own(jnp.ones(3)))
+
+
 def test_noise_can_be_the_same_everywhere():
     model = model_of(LatentSDE, additive=True)
     assert model.prior.additive
@@ -149,7 +155,8 @@ def test_a_series_of_one_observation_has_a_bound():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"decoder": "linear"}, r'decoder must be "network" or "identity"'),
+        ({"decoder": "linear"}, r'decoder must be "network", "identity" or a callable'),
+        ({"decoder": jnp.sum}, r"take shape \(3,\) to \(2,\), but it gives \(\)"),
         ({"decoder": "identity"}, r"channels=2 only from as many latent numbers, not 3"),
         ({"noise": 0.0}, r"noise must be positive"),
         ({"latent_size": 0}, r"latent_size must be an integer of at least 1"),
