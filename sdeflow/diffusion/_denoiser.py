@@ -12,6 +12,7 @@ and for u the solution of two linear equations. Sources: Ho et al. 2020, Saliman
 """
 
 import abc
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ class Denoiser(AbstractDenoiser):
             equation).
 
     Raises:
-        TypeError: if fn is not callable, or the schedule is none.
+        TypeError: if fn cannot be called like this, or the schedule is none.
         ValueError: for another prediction; while tracing, for an output of another shape than x.
 
     Example:
@@ -115,10 +116,9 @@ class Denoiser(AbstractDenoiser):
         *,
         prediction: Prediction = "noise",
     ):
-        if not callable(fn):
-            raise TypeError(f"fn must be callable as fn(t, x, args), got {type(fn).__name__}.")
         check_schedule(schedule)
         check_prediction(prediction)
+        _check_network(fn, "fn(t, x, args)")
         self.fn, self.schedule, self.prediction = fn, schedule, prediction
 
     def parts(self, t: Any, x: Array, args: Any) -> tuple[Array, Array]:
@@ -249,7 +249,7 @@ class Precondition(AbstractDenoiser):
         sigma_data: d.
 
     Raises:
-        TypeError: if the network is not callable, or the schedule is none.
+        TypeError: if the network cannot be called like this, or the schedule is none.
         ValueError: for a deviation that is not positive.
 
     Example:
@@ -264,11 +264,10 @@ class Precondition(AbstractDenoiser):
     sigma_data: float = eqx.field(default=0.5, static=True)
 
     def __check_init__(self):
-        if not callable(self.network):
-            raise TypeError(f"network must be callable as network(label, y, args), got {type(self.network).__name__}.")
         check_schedule(self.schedule)
         if number(self.sigma_data, "sigma_data") <= 0:
             raise ValueError(f"sigma_data must be positive, got {self.sigma_data}.")
+        _check_network(self.network, "network(label, y, args)")
 
     def parts(self, t: Any, x: Array, args: Any) -> tuple[Array, Array]:
         """The predicted data, less the schedule's mean, and the predicted noise."""
@@ -279,6 +278,25 @@ class Precondition(AbstractDenoiser):
         size = jnp.sqrt(r**2 + d**2)
         out = check_like(self.network(-l / 4, y / size, args), x, "network")
         return (d / size) ** 2 * y + r * d / size * out, r / size**2 * y - d / size * out
+
+
+def _check_network(network: Any, call: str) -> None:
+    """Refuse what cannot be called with three arguments.
+
+    Raises:
+        TypeError: always then.
+    """
+    name = call.split("(")[0]
+    if not callable(network):
+        raise TypeError(f"{name} must be callable as {call}, got {type(network).__name__}.")
+    try:
+        signature = inspect.signature(network)
+    except (TypeError, ValueError):  # not every callable has one
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(f"{name} must be callable as {call}, but its arguments are {signature}: wrap it.") from error
 
 
 def check_schedule(schedule: Any) -> None:

@@ -99,6 +99,10 @@ class PosteriorGuided(AbstractDenoiser):
     | "pigdm" | 2.074, -.165 | .088, .077, .422 |
     | "point" | 2.200, .163 | .043, .013, .307 |
 
+    The Jacobian of a trained network is no covariance: it has negative eigenvalues, and equations made of it are nearly
+    singular somewhere on the way. So "tmpd" takes the size of each eigenvalue, up to 64 observations. Beyond these it
+    cannot, and may run away: look at ``y - A x0``, and take "pigdm" then.
+
     Arguments:
         denoiser: any denoiser, for one sample.
         operator: A, a matrix that acts on the flattened sample, or a linear function of a sample; an affine one,
@@ -110,7 +114,7 @@ class PosteriorGuided(AbstractDenoiser):
         scale: of the guidance; other than 1 only to leave the posterior on purpose.
 
     Raises:
-        TypeError: for what is no operator.
+        TypeError: for what is no operator, and, while tracing, for one that is not linear.
         ValueError: for unknown methods, negative deviations, or shapes that do not fit.
 
     Example:
@@ -166,6 +170,8 @@ class PosteriorGuided(AbstractDenoiser):
         parts, push = jax.linearize(lambda x: self.denoiser.parts(t, x, args), x)
         # One vector-Jacobian product of the denoiser: the transpose of what is linear already.
         pull = lambda v: jax.linear_transpose(lambda u: push(u)[0], x)(v)[0]
+        # A covariance is symmetric, and the Jacobian of a trained network only nearly so.
+        symmetric = lambda v: (push(v)[0] + pull(v)) / 2
         schedule, dtype = self.schedule, x.dtype
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         observe, adjoint = _linear(self.operator, x, self.observed)
@@ -180,9 +186,10 @@ class PosteriorGuided(AbstractDenoiser):
             if self.method == "pigdm":
                 spread = lambda v: s2 * sigma**2 / (alpha**2 * s2 + sigma**2) * v
             else:
-                spread = lambda v: sigma**2 / (2 * alpha) * (push(v)[0] + pull(v))
-            weight = _solved(lambda w: along(spread(adjoint(w))) + variance * w, residual)
-        return _pushed(schedule, t, parts, self.scale.astype(dtype) * pull(adjoint(weight)))
+                spread = lambda v: sigma**2 / alpha * symmetric(v)
+            weight = _solved(lambda w: along(spread(adjoint(w))), variance, residual)
+        back = symmetric if self.method == "tmpd" else pull
+        return _pushed(schedule, t, parts, self.scale.astype(dtype) * back(adjoint(weight)))
 
 
 class DPS(AbstractConstraint):
@@ -265,6 +272,7 @@ def _linear(operator: Any, x: Array, observed: Array) -> tuple[Callable[[Array],
 
     Raises:
         ValueError: for shapes that do not fit.
+        TypeError: for a function that is not linear.
     """
     observe: Any = operator
     if not callable(operator):
@@ -279,14 +287,41 @@ def _linear(operator: Any, x: Array, observed: Array) -> tuple[Callable[[Array],
     if shape != observed.shape:
         raise ValueError(f"the operator returns shape {shape}, but what was observed has shape {observed.shape}.")
     transpose = jax.linear_transpose(observe, x)
+    try:
+        jax.eval_shape(transpose, jax.eval_shape(observe, x))
+    except (NotImplementedError, AssertionError) as error:
+        raise TypeError(
+            "operator must be linear in the sample; for a likelihood of any other kind use sf.diffusion."
+            "ClassifierGuided(denoiser, log_likelihood)."
+        ) from error
     return observe, lambda w: transpose(w)[0]
 
 
-def _solved(apply: Callable[[Array], Array], right: Array) -> Array:
-    """The solution of symmetric equations: direct for few, by conjugate gradients for many."""
+def _solved(apply: Callable[[Array], Array], variance: Array, right: Array) -> Array:
+    """The solution of symmetric equations and ``variance`` on their diagonal: direct for few, else by iteration."""
     if right.size > _DIRECT:
+        whole = lambda w: apply(w) + variance * w
         # Rounding makes precise observations take more iterations than there are unknowns; most others take few.
-        return jax.scipy.sparse.linalg.cg(apply, right, tol=1e-5, maxiter=10 * right.size)[0]
-    basis = jnp.eye(right.size, dtype=right.dtype).reshape(right.size, *right.shape)
-    matrix = jax.vmap(lambda e: apply(e).ravel())(basis)
-    return jnp.linalg.solve(matrix, right.ravel()).reshape(right.shape)
+        return jax.scipy.sparse.linalg.cg(whole, right, tol=1e-5, maxiter=10 * right.size)[0]
+    eye = jnp.eye(right.size, dtype=right.dtype)
+    matrix = _absolute(jax.vmap(lambda e: apply(e.reshape(right.shape)).ravel())(eye))
+    return jnp.linalg.solve(matrix + variance * eye, right.ravel()).reshape(right.shape)
+
+
+@jax.custom_jvp
+def _absolute(matrix: Array) -> Array:
+    """The symmetric matrix with the absolute values of the eigenvalues; one that has no negative ones is returned."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return matrix - 2 * (vectors * jnp.minimum(values, 0)) @ vectors.T
+
+
+@_absolute.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (matrix,), (change,) = primals, tangents
+    values, vectors = jnp.linalg.eigh(matrix)
+    # Differences of |v| over differences of v, in a form that equal eigenvalues leave finite.
+    size = jnp.abs(values)
+    total = size[:, None] + size
+    share = jnp.where(total > 0, (values[:, None] + values) / jnp.where(total > 0, total, 1), 0)
+    below = vectors @ ((1 - share) * (vectors.T @ change @ vectors)) @ vectors.T
+    return _absolute(matrix), change - below

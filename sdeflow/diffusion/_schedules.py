@@ -329,7 +329,8 @@ class Tabulated(_Preserving):
         t_min, t_max: where samplers end and start; by default the first and the last knot.
 
     Raises:
-        ValueError: for rates that do not lie between 0 and 1, and times that are not ordered.
+        ValueError: for rates that do not lie between 0 and 1, for what looks like their products, and times that are
+            not ordered.
         TypeError: for traced rates.
 
     Example:
@@ -348,6 +349,11 @@ class Tabulated(_Preserving):
         table = np.asarray(betas, np.float64)
         if table.ndim != 1 or table.size < 2 or not ((table > 0) & (table < 1)).all():
             raise ValueError(f"betas must be at least two numbers between 0 and 1, got shape {table.shape}.")
+        if table[0] > 0.5 and table[-1] < table[0]:
+            raise ValueError(
+                f"betas fall from {table[0]:g} to {table[-1]:g}, as products of 1 - beta do: of these, a, pass "
+                "betas=1 - a / np.append(1.0, a[:-1])."
+            )
         self.betas = tuple(table.tolist())
         self.t_min, self.t_max = (1 / table.size if t_min is None else t_min), t_max
 

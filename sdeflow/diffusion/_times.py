@@ -61,7 +61,10 @@ def check_grid(grid: Any) -> None:
         if grid not in GRIDS:
             raise ValueError(f"grid must be one of {', '.join(map(repr, GRIDS))} or a Grid, got {grid!r}.")
     elif not isinstance(grid, Grid):
-        raise TypeError(f"grid must be one of {', '.join(map(repr, GRIDS))} or a Grid, got {type(grid).__name__}.")
+        raise TypeError(
+            f"grid must be one of {', '.join(map(repr, GRIDS))} or a Grid, such as sf.grids.subdivide(times, 1) of "
+            f"decreasing times, got {type(grid).__name__}."
+        )
 
 
 def knots(schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: Any, t_start: Any = None) -> Any:

@@ -118,6 +118,8 @@ def test_thresholding_clips_to_the_box():
     [
         (lambda: Denoiser(3.0, VP()), TypeError, "callable"),
         (lambda: Denoiser(jnp.sin, 3.0), TypeError, "schedule"),
+        (lambda: Denoiser(lambda t, x: x, VP()), TypeError, r"fn must be callable as fn\(t, x, args\), but"),
+        (lambda: Precondition(jnp.sin, EDM()), TypeError, "network must be callable as"),
         (lambda: Denoiser(jnp.sin, VP(), prediction="epsilon"), ValueError, "prediction must be one of"),
         (lambda: exact(VP()).predict("eps", 0.5, jnp.ones(2)), ValueError, "prediction must be one of"),
         (lambda: Denoiser(lambda t, x, a: x[:1], VP()).predict("data", 0.5, jnp.ones(2)), ValueError, "shape"),

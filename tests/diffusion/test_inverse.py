@@ -267,3 +267,26 @@ def test_gradients_in_what_was_observed():
 def test_bad_calls(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_a_jacobian_that_is_no_covariance_does_not_run_away():
+    # A prediction that falls in x: the equations of its negative "covariance" are singular where it is -noise_std^2.
+    slope, noise = 0.25, 0.5
+
+    @jax.jit
+    def predicted(x):
+        falling = Denoiser(lambda t, x, args: -slope * jnp.sin(x), EDM(), prediction="data")
+        return PosteriorGuided(falling, jnp.eye(2), jnp.array([1.0, -2.0]), noise_std=noise).predict("data", 1.0, x)
+
+    np.testing.assert_allclose(predicted(jnp.zeros(2)), [-0.5, 1.0], rtol=1e-10)
+    # Equal eigenvalues, and one of each sign.
+    for x in (jnp.array([0.3, 0.3]), jnp.array([0.3, 2.5])):
+        step = jnp.array([0.6, -0.8])
+        slopes = jax.jvp(predicted, (x,), (step,))[1]
+        differences = (predicted(x + 1e-5 * step) - predicted(x - 1e-5 * step)) / 2e-5
+        np.testing.assert_allclose(slopes, differences, rtol=1e-7, atol=1e-8)
+
+
+def test_operators_that_are_not_linear_are_refused():
+    with pytest.raises(TypeError, match="linear in the sample"):
+        PosteriorGuided(normal(LONG), lambda x: x**2, jnp.ones(2), noise_std=NOISE).predict("data", 1.0, jnp.ones(2))

@@ -138,3 +138,12 @@ def test_a_schedule_is_static():
     assert jax.tree.leaves(VP()) == []
     assert VP() == VP()
     assert sf.diffusion.VP(0.1, 10.0) != VP()
+
+
+def test_products_are_not_taken_for_rates():
+    rates = np.linspace(1e-4, 0.02, 1000)
+    products = np.cumprod(1 - rates)
+    with pytest.raises(ValueError, match="products of 1 - beta"):
+        sf.diffusion.Tabulated(products)
+    again = sf.diffusion.Tabulated(1 - products / np.append(1.0, products[:-1]))  # as the message says
+    np.testing.assert_allclose(again.betas, rates, rtol=1e-9)
