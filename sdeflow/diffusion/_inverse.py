@@ -30,7 +30,7 @@ from ._schedule import AbstractSchedule, number
 
 METHODS = ("tmpd", "pigdm", "point")
 # Up to this many observations the equations are solved directly.
-_DIRECT = 64
+_DIRECT, _BLOCK = 512, 64  # ... and so many derivatives taken at once
 
 
 class ClassifierGuided(AbstractDenoiser):
@@ -100,7 +100,7 @@ class PosteriorGuided(AbstractDenoiser):
     | "point" | 2.200, .163 | .043, .013, .307 |
 
     The Jacobian of a trained network is no covariance: it has negative eigenvalues, and equations made of it are nearly
-    singular somewhere on the way. So "tmpd" takes the size of each eigenvalue, up to 64 observations. Beyond these it
+    singular somewhere on the way. So "tmpd" takes the size of each eigenvalue, up to 512 observations. Beyond these it
     cannot, and may run away: look at ``y - A x0``, and take "pigdm" then.
 
     Arguments:
@@ -304,7 +304,7 @@ def _solved(apply: Callable[[Array], Array], variance: Array, right: Array) -> A
         # Rounding makes precise observations take more iterations than there are unknowns; most others take few.
         return jax.scipy.sparse.linalg.cg(whole, right, tol=1e-5, maxiter=10 * right.size)[0]
     eye = jnp.eye(right.size, dtype=right.dtype)
-    matrix = _absolute(jax.vmap(lambda e: apply(e.reshape(right.shape)).ravel())(eye))
+    matrix = _absolute(jax.lax.map(lambda e: apply(e.reshape(right.shape)).ravel(), eye, batch_size=_BLOCK))
     return jnp.linalg.solve(matrix + variance * eye, right.ravel()).reshape(right.shape)
 
 

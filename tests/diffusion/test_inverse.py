@@ -76,12 +76,15 @@ def test_moment_matching_is_exact_on_normal_data(schedule):
             np.testing.assert_allclose(predict(g, kind, t, x), wanted, rtol=1e-8, atol=1e-9)
 
 
-def test_many_observations_by_conjugate_gradients():
-    # 70 sums of neighbours in 80 components, more than are solved for directly.
+# Of other sizes, so that neither runs the program of the other.
+@pytest.mark.parametrize(("direct", "count"), [(16, 70), (512, 71)])
+def test_many_observations_directly_and_by_conjugate_gradients(monkeypatch, direct, count):
+    monkeypatch.setattr(sf.diffusion._inverse, "_DIRECT", direct)
+    # Sums of neighbours in 80 components.
     i = np.arange(80)
     covariance = np.exp(-np.abs(i[:, None] - i) / 5)
-    a = np.eye(80)[:70] + np.eye(80, k=1)[:70]
-    y = np.sin(np.arange(70.0))
+    a = np.eye(80)[:count] + np.eye(80, k=1)[:count]
+    y = np.sin(np.arange(count, dtype=float))
     g = PosteriorGuided(normal(VP(), np.zeros(80), covariance), a, y, noise_std=0.5)
     exact = normal(VP(), *posterior(np.zeros(80), covariance, a, y, 0.5))
     x = jnp.cos(jnp.arange(80.0))
@@ -89,7 +92,8 @@ def test_many_observations_by_conjugate_gradients():
         np.testing.assert_allclose(predict(g, "data", t, x), predict(exact, "data", t, x), atol=1e-4)
 
 
-def test_precise_observations_take_more_iterations_than_there_are_direct_ones():
+def test_precise_observations_take_more_iterations_than_there_are_of_them(monkeypatch):
+    monkeypatch.setattr(sf.diffusion._inverse, "_DIRECT", 16)
     # A random square operator, whose equations are ill-conditioned far from the data: stopped early they were off by 6.
     count = 80
     i, x = np.arange(count), 50 * jnp.cos(jnp.arange(80.0))
