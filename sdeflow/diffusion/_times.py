@@ -59,7 +59,8 @@ def check_grid(grid: Any) -> None:
     """
     if isinstance(grid, str):
         if grid not in GRIDS:
-            raise ValueError(f"grid must be one of {', '.join(map(repr, GRIDS))} or a Grid, got {grid!r}.")
+            known = " Karras' grid is 'edm'." if grid == "karras" else ""
+            raise ValueError(f"grid must be one of {', '.join(map(repr, GRIDS))} or a Grid, got {grid!r}.{known}")
     elif not isinstance(grid, Grid):
         raise TypeError(
             f"grid must be one of {', '.join(map(repr, GRIDS))} or a Grid, such as sf.grids.subdivide(times, 1) of "
