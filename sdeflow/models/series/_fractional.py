@@ -110,7 +110,7 @@ class FractionalLatentSDE(LatentSDE):
 
     def _past(self, t: Any, z: Array, context: Any) -> FactorLaw:
         # The first summary is of the whole series.
-        out = self.past(context.features[0][: self.cell.hidden_size])  # pyright: ignore[reportOptionalCall]
+        out = self.past(context.summaries[0])  # pyright: ignore[reportOptionalCall]
         out = out.reshape(-1, self.memory.num_factors, z.shape[0])
         return FactorLaw(out[0], out[1], out[2:])
 
