@@ -1,7 +1,7 @@
 """Learn how rough noise is from a few series at irregular times, with standard errors.
 
-Four series of fractional Brownian motion are seen through noise: its Hurst index, its scale and the noise are learned by
-gradients of the exact likelihood. So they are, with the strength of a spring, where one holds the series back. Takes
+Four series of fractional Brownian motion are seen through noise. Its Hurst index, its scale and the noise are learned
+by gradients of the exact likelihood; so they are, with the strength of a spring, where one holds the series back. Takes
 half a minute; writes demo-output/learn_the_hurst_index.png.
 """
 
@@ -61,7 +61,8 @@ for name, k in (("no spring", 0.0), ("a spring", TRUTH[3])):
     best = climb(start, xs, jnp.ones(start.size))
     slope = jax.jacobian(read)(best)
     errors = jnp.sqrt(jnp.diag(slope @ jnp.linalg.inv(-curvature(best, xs)) @ slope.T))
-    print(f"{name}:", ", ".join(f"{n} {x:.3f} +- {e:.3f} ({t})" for n, x, e, t in zip(NAMES, read(best), errors, TRUTH)))
+    found = zip(NAMES, read(best), errors, TRUTH, strict=False)
+    print(f"{name}:", ", ".join(f"{n} {x:.3f} +- {e:.3f} ({t})" for n, x, e, t in found))
     left.plot(times[0], xs[0], ".", label=name)
     if not k:  # how likely each H is, with the rest learned anew
         others = jnp.ones(start.size).at[0].set(0)
