@@ -90,9 +90,10 @@ class FractionalBridge(eqx.Module):
         tau = jnp.asarray(self.t1 - t, x.dtype)
         mean, variance = self._end(tau, state)
         pull = _weighted(self._response(tau), jnp.asarray(self.noise.coefficients(), x.dtype))
-        # At the end itself, which no step starts from, a bridge without noise has no control.
-        safe = jnp.where(variance > 0, variance, 1)
-        return jnp.where(variance > 0, pull * (self.value - mean) / safe, 0).astype(x.dtype)
+        # From the end on nothing is to come, and the control is 0.
+        before = (tau > 0) & (variance > 0)
+        safe = jnp.where(before, variance, 1)
+        return jnp.where(before, pull * (self.value - mean) / safe, 0).astype(x.dtype)
 
     def past(self, t: Any, x: Array, args: Any = None) -> FactorLaw:
         """The law of the factors given the observation and the state ``x`` in which they start at time ``t``.

@@ -24,6 +24,16 @@ LOWEST, HIGHEST = 0.02, 0.98
 _NODES = 16
 
 
+def check_number(hurst: Any) -> None:
+    """Refuse what is no Hurst index at all.
+
+    Raises:
+        TypeError: naming what was given.
+    """
+    if hurst is None or isinstance(hurst, str) or callable(hurst):
+        raise TypeError(f"hurst must be a number, got {type(hurst).__name__}.")
+
+
 def variance(hurst: Any, kind: Kind) -> Any:
     """The variance of B(1) with the kernel as above."""
     from scipy.special import gamma

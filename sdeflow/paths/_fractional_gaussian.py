@@ -24,7 +24,7 @@ from jax.scipy.special import gammaln
 from jaxtyping import Array, Float
 
 from .._compat import is_concrete
-from ._fractional_fit import Kind
+from ._fractional_fit import Kind, check_number
 
 _EXACT, _TERMS = 8, 10  # lags by the first form, and terms of the series after them
 _ALIASES = 30
@@ -35,10 +35,12 @@ def check_hurst(hurst: Any, kind: Kind) -> Any:
     """H as a scalar; of type II a number, as the covariance is made of it on the host.
 
     Raises:
+        TypeError: for what is no number.
         ValueError: for H outside of (0, 1), another kind, or a traced H of type II.
     """
     if kind not in ("I", "II"):
         raise ValueError(f'kind must be "I" or "II", got {kind!r}.')
+    check_number(hurst)
     if np.ndim(hurst) != 0:
         raise ValueError(f"hurst must be a scalar, got shape {np.shape(hurst)}.")
     if is_concrete(hurst):
@@ -103,7 +105,8 @@ def fractional_posterior(
         The mean, shape (m,), and the covariance, shape (m, m).
 
     Raises:
-        ValueError: for H outside of (0, 1), times that repeat, decrease or are not positive, or other shapes.
+        ValueError: for H outside of (0, 1), times that repeat, decrease or are not positive, observations that are not
+            finite, or other shapes.
 
     Example:
         >>> import sdeflow as sf
@@ -115,6 +118,10 @@ def fractional_posterior(
     ts, at = _positive_times(ts, "ts"), np.asarray(at, np.float64) if is_concrete(at) else at
     if np.shape(xs) != np.shape(ts):
         raise ValueError(f"xs must have shape {np.shape(ts)}, one value a time, got {np.shape(xs)}.")
+    if np.ndim(at) != 1:
+        raise ValueError(f"at must have shape (m,), got {np.shape(at)}.")
+    if is_concrete(xs) and not np.isfinite(np.asarray(xs, np.float64)).all():
+        raise ValueError("xs must be finite: leave out the times at which nothing was observed.")
     noise = obs_std**2 * np.eye(np.shape(ts)[0])
     seen, both, own = (covariance(a[:, None], b[None], hurst, kind) for a, b in ((ts, ts), (at, ts), (at, at)))
     if is_concrete(seen, noise, xs):

@@ -30,7 +30,7 @@ from .._compat import SdeflowWarning, is_concrete, warn
 from ..grids import Grid
 from ._factor_brownian import FactorBrownian, factor_increment
 from ._factor_law import FactorLaw
-from ._fractional_fit import HIGHEST, LOWEST, Kind, chebyshev_table, end_covariance, relative_cost
+from ._fractional_fit import HIGHEST, LOWEST, Kind, chebyshev_table, check_number, end_covariance, relative_cost
 from ._grid_brownian import as_structure, normals
 from ._kalman import kalman
 from ._threefry import written_out
@@ -61,6 +61,7 @@ class MarkovFractionalNoise(eqx.Module):
             nearest weights have less variance where few factors do not reach it, near H = 0.1 and for type I near 0.9.
 
     Raises:
+        TypeError: if H is neither a number nor a function.
         ValueError: for H outside of its interval, a horizon, spacing or rates that are not positive, fewer than two
             factors, or H as a function of time with type I.
 
@@ -267,10 +268,11 @@ class MarkovFractionalNoise(eqx.Module):
         Arguments:
             ts: shape (n,), increasing times from 0 to the horizon; B(0) = 0 need not be listed.
             xs: shape (n,), or (n, d) for d independent copies; NaN is what was not observed.
-            obs_std: the standard deviation of the observations' noise.
+            obs_std: the standard deviation of the observations' noise, a scalar.
 
         Raises:
-            ValueError: for times that repeat, decrease, are negative or lie beyond the horizon, or other shapes.
+            ValueError: for times that repeat, decrease, are negative or lie beyond the horizon, other shapes, or a
+                negative ``obs_std``.
 
         Example:
             >>> import sdeflow as sf
@@ -282,9 +284,11 @@ class MarkovFractionalNoise(eqx.Module):
         xs = xs if isinstance(xs, jax.Array) else np.asarray(xs)
         if xs.ndim not in (1, 2) or xs.shape[0] != times.shape[0]:
             raise ValueError(f"xs must have shape ({times.shape[0]},) or ({times.shape[0]}, d), got {xs.shape}.")
+        if np.ndim(obs_std) != 0 or obs_std is None or (is_concrete(obs_std) and not float(obs_std) >= 0):
+            raise ValueError(f"obs_std must be a scalar that is not negative, got {obs_std}.")
         if is_concrete(times, xs) and times.shape[0] and float(times[0]) == 0:
             first = np.asarray(xs[0])
-            if obs_std is not None and is_concrete(obs_std) and np.all(np.asarray(obs_std) == 0) and np.any(first != 0):
+            if is_concrete(obs_std) and float(obs_std) == 0 and np.any(first != 0):
                 raise ValueError(f"xs must be relative to B(0) = 0, but at t = 0 it is {first}: subtract it.")
         return _log_prob(self, times, _gaps(times), xs, obs_std)
 
@@ -423,7 +427,7 @@ def _log_prob(noise: MarkovFractionalNoise, ts: Any, h: Any, xs: Any, obs_std: A
 
     def one(x: Array) -> Array:
         # What is known exactly, B(0) = 0, says nothing.
-        seen = jnp.isfinite(x) & ~((ts == 0) & exact)
+        seen = ~jnp.isnan(x) & ~((ts == 0) & exact)
         gaps = (Phi, jnp.zeros(Phi.shape[:2], dtype), Q)
         return kalman(gaps, observe, std[None, None] ** 2, x[:, None], seen[:, None], np.zeros(K + 1), C)
 
@@ -475,6 +479,7 @@ def _positive(x: Any, name: str) -> float:
 
 
 def _logit_of(hurst: Any) -> Array:
+    check_number(hurst)
     if jnp.ndim(hurst) != 0:
         raise ValueError(f"hurst must be a scalar, got shape {jnp.shape(hurst)}: use jax.vmap for several.")
     if is_concrete(hurst) and not LOWEST < float(hurst) < HIGHEST:

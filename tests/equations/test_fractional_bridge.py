@@ -169,3 +169,11 @@ def test_bad_input():
         bridge_of(0.3, -1.0)
     with pytest.raises(TypeError, match="noise must be"):
         FractionalBridge(0.3, 0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("t", [1.0, 1.1])
+def test_after_the_observation_there_is_no_control(t):
+    bridge = bridge_of(0.7, 0.0)
+    state = FractionalState(jnp.array([0.3]), jnp.ones((5, 1)))
+    assert bridge(0.9, state) != 0
+    assert bridge(t, state) == 0

@@ -1,5 +1,6 @@
 """A latent equation with memory: bounds below a known evidence, gradients in H, samples with the noise's law."""
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,11 @@ def test_the_index_has_a_gradient_and_the_rates_have_none(model, data):
     def loss(model):
         return sf.losses.ELBO()(model, batch, KEY, jnp.zeros((), jnp.int32))[0]
 
-    slope = eqx.filter_jit(eqx.filter_grad(loss))(model)
+    both = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+    slope = both(model)[1]
+    moved = lambda by: both(eqx.tree_at(lambda m: m.memory._logit, model, model.memory._logit + by))[0]
+    difference = (moved(0.05) - moved(-0.05)) / 0.1
+    np.testing.assert_allclose(slope.memory._logit, difference, rtol=0.01)
     assert np.isfinite(slope.memory._logit)
     assert slope.memory._logit != 0
     assert len(jax.tree_util.tree_leaves(slope.memory)) == 1
@@ -69,5 +74,33 @@ def test_prior_paths_have_the_variance_of_the_noise():
 
 def test_a_horizon_too_short_fails(model, data):
     short = sf.models.FractionalLatentSDE(2, latent_size=3, width=8, context_size=4, horizon=1e-3, key=KEY)
-    with pytest.raises(sf.SolveError):
-        short.elbo(data, key=KEY)
+    for ask in (
+        lambda: short.elbo(data, key=KEY),
+        lambda: short.sample([0.0, 0.5], 2, key=KEY),
+        lambda: short.forecast(data, [100.0], 2, key=KEY),
+    ):
+        with pytest.raises(ValueError, match="horizon that covers them"):
+            ask()
+    batch = next(iter(data.batches(2, KEY)))
+    assert not sf.is_okay(short(batch, key=KEY).result)
+
+
+def test_at_one_half_the_bound_is_that_of_brownian_noise(data):
+    sizes = {"latent_size": 3, "width": 8, "context_size": 4, "noise": 0.5, "additive": True, "steps_per_interval": 8}
+    model = sf.models.FractionalLatentSDE(2, horizon=horizon_of(data), key=KEY, **sizes)
+    # The same networks but for the bend, which is made the same by not seeing the factors.
+    brownian = sf.models.LatentSDE(2, solver=diffrax.Euler(), key=jax.random.split(KEY)[0], **sizes)
+    assert eqx.tree_equal(model.posterior.pull, brownian.posterior.pull)
+    first, seen = model.posterior.bend.layers[0], brownian.posterior.bend.layers[0].weight.shape[1]
+    weight = lambda m: m.posterior.bend.layers[0].weight
+    model = eqx.tree_at(weight, model, first.weight.at[:, seen:].set(0))
+    bend = eqx.tree_at(lambda b: b.layers, brownian.posterior.bend, model.posterior.bend.layers)
+    brownian = eqx.tree_at(lambda m: m.posterior.bend, brownian, bend)
+    brownian = eqx.tree_at(weight, brownian, first.weight[:, :seen])
+    # A control that costs several nats.
+    strong = lambda m: eqx.tree_at(lambda m: m.posterior.pull.layers[-1].bias, m, jnp.ones(6))
+    model, brownian = strong(model), strong(brownian)
+    keys = jax.random.split(KEY, 8)
+    one, other = (np.stack([m.elbo(data, key=key, num_samples=128) for key in keys]) for m in (model, brownian))
+    error = np.sqrt((one.var(axis=0, ddof=1) + other.var(axis=0, ddof=1)) / len(keys))
+    assert (np.abs(one.mean(axis=0) - other.mean(axis=0)) < 5 * error).all()

@@ -203,6 +203,8 @@ def test_a_known_scale_says_more_and_a_free_one_is_ignored():
         (lambda: sf.paths.fractional_posterior([1.0, 1.0], [0, 0], [2.0], hurst=0.5), "without repeats"),
         (lambda: sf.paths.fractional_posterior([0.0, 1.0], [0, 0], [2.0], hurst=0.5), "B\\(0\\) = 0 is known"),
         (lambda: sf.paths.fractional_posterior([1.0], [0, 0], [2.0], hurst=0.5), "xs must have shape"),
+        (lambda: sf.paths.fractional_posterior([1.0], [np.nan], [2.0], hurst=0.5), "xs must be finite"),
+        (lambda: sf.paths.fractional_posterior([1.0], [0.1], 2.0, hurst=0.5), "at must have shape"),
         (lambda: sf.paths.fgn_log_prob(np.ones((2, 2)), 0.5), "must have shape"),
         (lambda: sf.paths.estimate_hurst(np.ones(4)), "at least 8"),
         (lambda: sf.paths.estimate_hurst(np.ones(9), method="rs"), "method must be"),
@@ -212,6 +214,11 @@ def test_a_known_scale_says_more_and_a_free_one_is_ignored():
 def test_bad_input(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_an_index_that_depends_on_time_is_refused():
+    with pytest.raises(TypeError, match="hurst must be a number, got function"):
+        sf.paths.FractionalBrownian([0, 1], (), key=KEYS[0], hurst=lambda t: 0.3)
 
 
 def test_what_it_cannot_drive_is_refused():

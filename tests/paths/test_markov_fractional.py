@@ -336,6 +336,9 @@ def test_an_optimiser_cannot_leave_the_interval_nor_move_the_rates():
         (lambda: Noise(0.3, 1.0).log_prob([0.0, 0.5], [0.1, 0.2]), "relative to B"),
         (lambda: Noise(0.3, 1.0).log_prob([0.5], [0.1, 0.2]), "xs must have shape"),
         (lambda: Noise(0.3, 1.0).log_prob(0.5, [0.1]), "ts must have shape"),
+        (lambda: Noise(0.3, 1.0).log_prob([0.5], [0.1], obs_std=-0.1), "not negative, got -0.1"),
+        (lambda: Noise(0.3, 1.0).log_prob([0.5], [0.1], obs_std=[0.1]), "obs_std must be a scalar"),
+        (lambda: Noise(0.3, 1.0).log_prob([0.5], [0.1], obs_std=None), "obs_std must be a scalar"),
     ],
 )
 def test_bad_input(make, match):
@@ -353,3 +356,13 @@ def test_traced_times_that_do_not_fit_give_nan():
 def test_weights_that_cancel_are_warned_of_in_float32():
     with jax.enable_x64(False), pytest.warns(sf.SdeflowWarning, match="float32 cannot follow"):
         Noise(0.3, 1.0, kind="II", rates=np.geomspace(1 / 20, 20, 8))
+
+
+@pytest.mark.parametrize("hurst", [None, "0.3"])
+def test_what_is_no_number_is_no_index(hurst):
+    with pytest.raises(TypeError, match="hurst must be a number, got (NoneType|str)"):
+        Noise(hurst, 1.0)
+
+
+def test_an_infinite_observation_is_not_a_missing_one():
+    assert not np.isfinite(Noise(0.5, 1.0).log_prob([0.5, 1.0], [np.inf, 0.1]))

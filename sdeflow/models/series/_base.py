@@ -1,6 +1,7 @@
 """What every model of series does alike: it reads batches row by row, and draws samples at times that are asked for."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -118,8 +119,16 @@ class AbstractSeriesModel(eqx.Module):
     ) -> np.ndarray:
         num_samples = check_size("num_samples", num_samples)
         series, places = check_series(series).with_times(ts, beyond=beyond)
+        self.check_times(series.times)
         call = lambda batch, rows: _samples(self, batch, places[rows], key, num_samples, noise)
         return over_series(call, series, size, throw)
+
+    def check_times(self, times: Sequence[Any]) -> None:
+        """Refuse internal times, one array for each series, of which the model says nothing; in general there are none.
+
+        Raises:
+            ValueError: saying which would do.
+        """
 
     def check_batch(self, batch: Any) -> None:
         """Refuse a batch of another number of channels.

@@ -9,12 +9,13 @@ E int |u|^2 / 2 dt. Of type I the factors start in a normal law that is read off
 Source: Daems, Opper, Crevecoeur and Birdal, "Variational inference for SDEs driven by fractional noise", ICLR 2024.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from ...equations import AbstractEquation, FractionalSDE, FractionalState
@@ -37,7 +38,8 @@ class FractionalLatentSDE(LatentSDE):
         width: hidden layers of the networks.
         context_size: length of the summary.
         hurst: the Hurst index to start from, one for all numbers of z; ``model.memory.hurst`` is what was learned.
-        horizon: the longest time from the first to the last time of a series, forecasts included.
+        horizon: the longest internal time (see `sdeflow.data.TimeSeries`) from the first to the last time of a series,
+            forecasts included. Whoever asks for more gets an error, and `fit` a loss that is not finite.
         kind: "I", stationary increments, or "II", noise that starts with the series.
         num_factors: factors of the noise.
         max_rate: the fastest rate of a factor, by default 100 / horizon.
@@ -97,6 +99,12 @@ class FractionalLatentSDE(LatentSDE):
             past = eqx.nn.Linear(context_size, num_factors * (2 + num_factors) * latent_size, key=key)
             self.past = jax.tree_util.tree_map(jnp.zeros_like, past)
 
+    def check_times(self, times: Sequence[Any]) -> None:
+        """Refuse series that are longer than the horizon of the noise."""
+        for t in times:
+            if np.size(t):
+                self.memory.check_horizon(np.asarray(t) - np.ravel(t)[0])
+
     @property
     def prior(self) -> AbstractEquation:
         """The equation of the hidden path before anything is observed."""
@@ -110,7 +118,7 @@ class FractionalLatentSDE(LatentSDE):
 
     def _past(self, t: Any, z: Array, context: Any) -> FactorLaw:
         # The first summary is of the whole series.
-        out = self.past(context.features[0][: self.cell.hidden_size])  # pyright: ignore[reportOptionalCall]
+        out = self.past(context.summaries[0])  # pyright: ignore[reportOptionalCall]
         out = out.reshape(-1, self.memory.num_factors, z.shape[0])
         return FactorLaw(out[0], out[1], out[2:])
 

@@ -127,6 +127,7 @@ class AbstractLatentModel(AbstractSeriesModel):
             SolveError: if the solve of a series fails, naming its id.
         """
         num_samples = check_size("num_samples", num_samples)
+        self.check_times(check_series(series).times)
         call = lambda batch, rows: _bounds(self, batch, key, num_samples)
         return over_series(call, check_series(series), batch_size, throw)
 
@@ -139,7 +140,9 @@ class AbstractLatentModel(AbstractSeriesModel):
             key: a JAX random key.
             noise: whether to add the noise of observations.
         """
-        ts = jnp.asarray(np.asarray(ts, np.float64), self.log_noise.dtype)
+        ts = np.asarray(ts, np.float64)
+        self.check_times([ts])
+        ts = jnp.asarray(ts, self.log_noise.dtype)
         return _prior(self, ts, check_size("num_samples", num_samples), key, noise)
 
     def draw(self, row: Row, places: Array, key: PRNGKeyArray) -> tuple[Array, Any]:
