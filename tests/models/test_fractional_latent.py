@@ -56,6 +56,7 @@ def test_the_index_has_a_gradient_and_the_rates_have_none(model, data):
     assert all(np.isfinite(x).all() for x in jax.tree_util.tree_leaves(slope))
 
 
+@pytest.mark.slow
 def test_prior_paths_have_the_variance_of_the_noise():
     model = sf.models.FractionalLatentSDE(
         1, latent_size=1, width=4, context_size=4, hurst=0.3, additive=True, decoder="identity", key=KEY
@@ -85,6 +86,7 @@ def test_a_horizon_too_short_fails(model, data):
     assert not sf.is_okay(short(batch, key=KEY).result)
 
 
+@pytest.mark.slow
 def test_at_one_half_the_bound_is_that_of_brownian_noise(data):
     sizes = {"latent_size": 3, "width": 8, "context_size": 4, "noise": 0.5, "additive": True, "steps_per_interval": 8}
     model = sf.models.FractionalLatentSDE(2, horizon=horizon_of(data), key=KEY, **sizes)
