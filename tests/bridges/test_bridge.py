@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers.bridges import CASES, ROTATING, case, closed_form, one
+from helpers.bridges import MOSTLY_SLOW, ROTATING, case, closed_form, one
 
 import sdeflow as sf
 from sdeflow.bridges import Bridge, Clock, gaussian_sb, light_sb, sinkhorn_bridge
@@ -13,7 +13,7 @@ from sdeflow.bridges import Bridge, Clock, gaussian_sb, light_sb, sinkhorn_bridg
 pytestmark = pytest.mark.usefixtures("x64_module")
 
 
-@pytest.mark.parametrize(("name", "d", "i"), [c for c in CASES if c[1] == 2])
+@pytest.mark.parametrize(("name", "d", "i"), [c for c in MOSTLY_SLOW if c.values[1] == 2])
 def test_exact_paths_have_the_moments_of_the_bridge(name, d, i):
     bridge, (m0, S0, m1, S1), reference = case(d, i)
     n, ts = 40_000, jnp.array([0.2, 0.6, 1.1, 1.5])

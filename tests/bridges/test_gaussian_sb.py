@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.bridges import CASES, case, closed_form, gaussians
+from helpers.bridges import CASES, MOSTLY_SLOW, case, closed_form, gaussians
 from scipy import linalg
 
 import sdeflow as sf
@@ -47,7 +47,7 @@ def test_the_bridge_of_gaussians_is_the_closed_form(name, d, i):
     np.testing.assert_allclose(bridge.endpoint_mean(0.2, x), wanted, rtol=1e-8)
 
 
-@pytest.mark.parametrize(("name", "d", "i"), CASES)
+@pytest.mark.parametrize(("name", "d", "i"), MOSTLY_SLOW)
 def test_moments_follow_the_drift_from_one_end_to_the_other(name, d, i):
     # The score -S^-1 (x - m) tells the moments at every time. They are the ends' at the ends, and in between they obey
     # m' = drift(m) and Lyapunov's equation; so they do for the flow without noise, and for the way back.

@@ -58,7 +58,8 @@ def test_light_sb_learns_the_bridge_of_two_gaussians(covariance):
     np.testing.assert_allclose(bridge.velocity(0.5, x), exact.velocity(0.5, x), atol=0.03)
 
 
-@pytest.mark.parametrize("covariance", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
 def test_a_known_plan_is_recovered(covariance):
     # Recipe: a mixture of two as the truth, endpoints drawn from its plan.
     truth = MixturePotential(

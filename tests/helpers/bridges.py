@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import linalg
 
 import sdeflow as sf
@@ -52,6 +53,10 @@ def references(d):
 
 
 CASES = [(name, d, i) for d in (2, 3) for i, (name, _) in enumerate(references(d))]
+#: All of them, of which only the kinds that differ most in how they are computed are quick.
+MOSTLY_SLOW = [
+    pytest.param(*c, marks=[pytest.mark.slow] * (c[0] not in ("ou", "rotating", "turning") or c[1] == 3)) for c in CASES
+]
 
 
 def case(d, i, T=1.3):

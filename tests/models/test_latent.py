@@ -109,11 +109,17 @@ def test_the_posterior_knows_the_future_and_the_prior_follows_the_end():
 
 
 @pytest.mark.parametrize("kind", [LatentSDE, pytest.param(LatentODE, marks=pytest.mark.slow)])
-def test_samples_have_their_shapes_and_gradients_are_finite(kind):
+def test_samples_have_their_shapes(kind):
     model, data = model_of(kind), walks()
     assert model.forecast(data, [6.0, 7.0], 4, key=KEY).shape == (6, 4, 2, 2)
     assert model.impute(data, [4.9], 4, key=KEY, noise=False).shape == (6, 4, 1, 2)
     assert model.sample(np.linspace(0, 1, 5), 7, key=KEY).shape == (7, 5, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_raises_the_bound(kind):
+    model, data = model_of(kind), walks()
     result = sf.fit(
         model,
         data,
