@@ -82,6 +82,7 @@ def test_a_known_plan_is_recovered(covariance):
         assert np.isfinite(bridge.drift(1.0, x)).all()
 
 
+@pytest.mark.slow
 def test_a_rotating_reference_from_samples():
     rng = np.random.default_rng(0)
     x0, x1 = rng.normal(size=(4000, 2)), np.array([1.0, -1.0]) + rng.normal(size=(4000, 2)) * [0.5, 0.8]

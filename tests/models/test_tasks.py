@@ -124,7 +124,7 @@ def test_several_samples_in_training_have_an_axis_of_their_own():
     "dynamics",
     [
         lambda: ODERNN(4, control_size=2, width=8, key=jr.key(0)),
-        lambda: NeuralGeometricSDE(4, control_size=2, width=8, key=jr.key(0)),
+        pytest.param(lambda: NeuralGeometricSDE(4, control_size=2, width=8, key=jr.key(0)), marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_dynamics_learns_to_impute(dynamics):

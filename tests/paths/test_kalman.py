@@ -121,8 +121,17 @@ def padded(given, count):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["random", "scalar observations", "noise-free"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("random", "float32"),
+        ("scalar observations", "float64"),
+        pytest.param("random", "float64", marks=pytest.mark.slow),
+        pytest.param("scalar observations", "float32", marks=pytest.mark.slow),
+        pytest.param("noise-free", "float32", marks=pytest.mark.slow),
+        ("noise-free", "float64"),
+    ],
+)
 def test_a_padded_tail_changes_no_bit(name, dtype):
     given = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(dtype), problem(**CASES[name]))
     run = jax.jit(lambda given: (kalman(**given, moments=True), kalman_smoother(**given)))
