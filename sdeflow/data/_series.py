@@ -318,7 +318,11 @@ class TimeSeries:
         raw = self._time_map.raw(t)
         if raw.ndim > 1 or (raw.ndim == 1 and raw.size != len(self)):
             raise ValueError(f"t must be a scalar or of shape ({len(self)},), got shape {raw.shape}.")
-        limits = np.broadcast_to(self._time_map.to_internal(raw, self._time_map.shift), (len(self),))
+        limits = self._time_map.to_internal(raw, self._time_map.shift)
+        if raw.dtype.kind == "f":
+            # What `to_user_time` said of a row is that row, though it was rounded on the way.
+            limits = limits + 2 * np.spacing(np.abs(raw) + np.abs(self._time_map.shift)) / self._time_map.scale
+        limits = np.broadcast_to(limits, (len(self),))
         keep = self._times <= np.repeat(limits, self.lengths)
         offsets = np.concatenate([[0], np.cumsum(keep)])[self._offsets]
         values = self._values[keep]

@@ -5,7 +5,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from data_toys import ragged
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sdeflow.data import TimeSeries
@@ -55,6 +55,7 @@ def test_equals_a_loop(seed, missing):
 
 @few
 @given(seed=st.integers(0, 999), t=st.floats(0.0, 4.0))
+@example(seed=328, t=0.0)  # the time of a first row, rounded
 def test_what_comes_later_is_never_seen(seed, t):
     train, data = series(seed + 1), series(seed)
     t += max(x[0] for x in (data.to_user_time(x) for x in data.times))
