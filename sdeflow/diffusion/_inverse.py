@@ -311,7 +311,10 @@ def _solved(apply: Callable[[Array], Array], variance: Array, right: Array) -> A
 @jax.custom_jvp
 def _absolute(matrix: Array) -> Array:
     """The symmetric matrix with the absolute values of the eigenvalues; one that has no negative ones is returned."""
-    values, vectors = jnp.linalg.eigh(matrix)
+    return _turned(matrix, *jnp.linalg.eigh(matrix))
+
+
+def _turned(matrix: Array, values: Array, vectors: Array) -> Array:
     return matrix - 2 * (vectors * jnp.minimum(values, 0)) @ vectors.T
 
 
@@ -324,4 +327,4 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     total = size[:, None] + size
     share = jnp.where(total > 0, (values[:, None] + values) / jnp.where(total > 0, total, 1), 0)
     below = vectors @ ((1 - share) * (vectors.T @ change @ vectors)) @ vectors.T
-    return _absolute(matrix), change - below
+    return _turned(matrix, values, vectors), change - below
