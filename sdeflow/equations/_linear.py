@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float, PyTree
 from .._compat import is_concrete
 from ._equation import AbstractEquation
 from ._observed import observed
+from ._terms import DiffusionTerm, DriftTerm
 from ._varying import laws_to_end
 
 _TERMS = 12  # Taylor terms; Q, whose series runs in 2 |A| D <= 1/2, leaves out less than 4e-14 of itself.
@@ -47,6 +49,12 @@ def _value(x: Any, t: Any) -> Array:
 def _shapes(*coefficients: Any) -> list[jax.ShapeDtypeStruct]:
     time = jax.ShapeDtypeStruct((), jnp.result_type(float))
     return [jax.eval_shape(lambda t, x=x: _value(x, t), time) for x in coefficients]
+
+
+class LinearDriftTerm(DriftTerm):
+    """The drift of a linear equation; `sdeflow.solvers.Exact` reads the equation instead."""
+
+    equation: Any
 
 
 class LinearSDE(AbstractEquation):
@@ -132,6 +140,20 @@ class LinearSDE(AbstractEquation):
     def diffusion(self, t: Any, y: PyTree, args: Any) -> Any:
         """L, an operator from m noises to the state."""
         return lx.MatrixLinearOperator(_value(self.L, t).astype(y.dtype))
+
+    def terms(self, path: diffrax.AbstractPath | None = None) -> diffrax.AbstractTerm:
+        """The diffrax terms of this equation; `sdeflow.solvers.Exact` knows by them that it is linear.
+
+        Arguments:
+            path: what drives the equation.
+
+        Raises:
+            ValueError: if no path is given.
+        """
+        if path is None:
+            return super().terms()
+        drift: Any = LinearDriftTerm(self.drift, self)  # pyright: ignore[reportCallIssue]
+        return diffrax.MultiTerm(drift, DiffusionTerm(self.diffusion, path))  # pyright: ignore
 
     def transition(self, s: Any, t: Any) -> tuple[Array, Array, Array]:
         """The law of X(t) given X(s) = x is normal with mean Phi x + c and covariance Q.

@@ -76,6 +76,13 @@ def identity(like: Law) -> Law:
 @eqx.filter_jit
 def over_piece(coefficients: Coefficients, s: Array, duration: Array) -> tuple[Law, Array]:
     """The law over one piece, and whether it is resolved."""
+    grown, c, q, _, resolved = _collocate(coefficients, s, duration)
+    one = jnp.eye(len(c), dtype=grown.dtype) if grown.ndim == 2 else jnp.ones((), grown.dtype)
+    return (one + grown, c, q), resolved
+
+
+def _collocate(coefficients: Coefficients, s: Array, duration: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Phi - 1, c, Q, Psi L at the points of one piece, and whether it is resolved."""
     dtype = duration.dtype
     points, weights, tails, highest = (jnp.asarray(v, dtype) for v in (_POINTS, _WEIGHTS, _TAILS, _HIGHEST))
     A, b, L = (x.astype(dtype) for x in jax.vmap(coefficients)(s + duration * points))
@@ -98,7 +105,33 @@ def over_piece(coefficients: Coefficients, s: Array, duration: Array) -> tuple[L
         for part in parts
     ]
     resolved = (changes[-1] <= max(_CHANGE, 16 * float(jnp.finfo(dtype).eps))) & jnp.stack(smooth).all()
-    return (one[0] + grown, c, q), resolved
+    return grown, c, q, noise, resolved
+
+
+def driven_nodes(
+    coefficients: Coefficients, s: Array, duration: Array, pieces: int
+) -> tuple[Array, Array, Array, Array, Array]:
+    """What the state gains, and how it takes up noise, over ``pieces`` equal pieces.
+
+    Returns:
+        Phi - 1, c, and for every point of the rule Psi L, the point's place in [0, 1] and its weight. NaN for the first
+        three where a piece is not resolved.
+    """
+    begin = jnp.arange(pieces, dtype=duration.dtype) / pieces
+    piece = lambda u: _collocate(coefficients, s + duration * u, duration / pieces)
+    grown, shift, _, noise, resolved = jax.vmap(piece)(begin)
+
+    def step(rest: tuple[Array, Array], here: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        (E, c), (more, moved, noise) = rest, here
+        later = lambda x: x + times(E, x)
+        return (E + later(more), c + moved + apply(E, moved)), jax.vmap(later)(noise)
+
+    start = jnp.zeros_like(grown[0]), jnp.zeros_like(shift[0])
+    (E, c), f = jax.lax.scan(step, start, (grown, shift, noise), reverse=True)
+    f = f.reshape(-1, *f.shape[2:])
+    E, c, f = (jnp.where(resolved.all(), x, jnp.nan) for x in (E, c, f))
+    places = (begin[:, None] + jnp.asarray(_POINTS / pieces, begin.dtype)).reshape(-1)
+    return E, c, f, places, jnp.asarray(np.tile(_WEIGHTS / pieces, pieces), begin.dtype)
 
 
 def laws_to_end(coefficients: Coefficients, s: Array, duration: Array, pieces: int) -> Law:

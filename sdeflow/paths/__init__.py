@@ -10,6 +10,7 @@ from ._fractional_gaussian import fractional_posterior as fractional_posterior
 from ._grid_brownian import GridBrownian as GridBrownian
 from ._hermite_control import HermiteControl as HermiteControl
 from ._hermite_control import hermite_control as hermite_control
+from ._linear_brownian import LinearBrownian as LinearBrownian
 from ._linear_control import LinearControl as LinearControl
 from ._linear_control import linear_control as linear_control
 from ._markov_fractional import MarkovFractionalNoise as MarkovFractionalNoise

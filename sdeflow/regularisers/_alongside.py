@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ..solvers import DiagonalMilstein, ExponentialHeun
+from ..solvers import DiagonalMilstein, Exact, ExponentialHeun
 from ..solvers._charging import beside
 from ._measures import drift_of
 from ._states import AbstractStateRegulariser
 
 OF_THEIR_OWN = (
     DiagonalMilstein,
+    Exact,
     ExponentialHeun,
     diffrax.ALIGN,
     diffrax.ShOULD,

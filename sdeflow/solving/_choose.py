@@ -17,9 +17,10 @@ from .._compat import use_stepsize_tol
 from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
 from ..equations._fractional import STIFF, WithFactors
+from ..equations._linear import LinearSDE
 from ..grids import Grid
-from ..paths import FactorBrownian, GridBrownian
-from ..solvers import ExponentialAdams, ExponentialHeun, McCallumFoster
+from ..paths import FactorBrownian, GridBrownian, LinearBrownian
+from ..solvers import Exact, ExponentialAdams, ExponentialHeun, McCallumFoster
 from ..solvers._charging import Charging
 from ..solvers._newton import StageNewton
 from ..solvers._unrolled import unrolled
@@ -57,6 +58,36 @@ def choose_solver(equation: AbstractEquation, fixed: bool) -> tuple[diffrax.Abst
             )
         return diffrax.Euler(), "converges to the Ito solution for any noise"
     return diffrax.Heun(), "converges to the Stratonovich solution for any noise"
+
+
+_STEPWISE = (DiscreteAdjoint, diffrax.RecursiveCheckpointAdjoint, diffrax.DirectAdjoint, diffrax.ForwardMode)
+
+
+def is_solved_exactly(equation: Any, path: Any, adjoint: Any, regularisers: Any) -> bool:
+    """Whether `sdeflow.solvers.Exact` is to take the fixed steps of an equation for which no solver was given.
+
+    Not on a path that has too few normals for it, and not where stages of a step are to be read: by penalties, and by
+    adjoints that do not differentiate the steps.
+    """
+    if not isinstance(equation, LinearSDE) or regularisers or not (adjoint is None or isinstance(adjoint, _STEPWISE)):
+        return False
+    if path is None or isinstance(path, LinearBrownian):
+        return True
+    return equation.is_diagonal and getattr(path, "levy_area", None) is diffrax.SpaceTimeTimeLevyArea
+
+
+def resolve_pieces(solver: Any, equation: Any, grid: Grid) -> Any:
+    """Give `sdeflow.solvers.Exact`, where it has no pieces of its own, those of the equation for the whole time.
+
+    What `LinearSDE.transition` resolves from end to end, steps then resolve too, at the same cost.
+    """
+    if type(solver) is not Exact or solver.pieces is not None or not isinstance(equation, LinearSDE):
+        return solver
+    if equation.is_constant or not grid.is_concrete or grid.num_rows == 0:
+        return solver
+    left, right = np.asarray(grid.left, np.float64), np.asarray(grid.right, np.float64)
+    share = np.abs(right - left).max() / np.abs(right[-1] - left[0])
+    return Exact(max(1, int(np.ceil(equation.pieces * share * (1 - 1e-6)))))
 
 
 def check_interpretation(equation: AbstractEquation, solver: diffrax.AbstractSolver, decreasing: bool) -> None:
@@ -137,6 +168,8 @@ def noise_of_grid(
     equation: Any, solver: diffrax.AbstractSolver, grid: Grid, structure: PyTree, key: Any, storage: Any
 ) -> GridBrownian:
     """The noise of a grid: Brownian motion with the Levy area or the integrals that the solver reads."""
+    if isinstance(equation, LinearSDE) and not equation.is_diagonal and _has(solver, Exact):
+        return LinearBrownian(grid, structure, dim=equation.dim, key=key, storage=storage)
     if isinstance(equation, WithFactors) and _has(solver, ExponentialHeun):
         return FactorBrownian(grid, structure, rates=equation.rates, key=key, storage=storage)
     return GridBrownian(grid, structure, key=key, levy_area=levy_area_for(solver), storage=storage)
@@ -292,6 +325,8 @@ def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
         return 1, 0
     if type(solver) is ExponentialHeun:
         return 2, 0
+    if type(solver) is Exact:
+        return 0, 0
     if type(solver) is diffrax.ReversibleHeun:
         return 1, 1
     tableau = getattr(solver, "tableau", None)

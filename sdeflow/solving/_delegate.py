@@ -16,6 +16,7 @@ import numpy as np
 from .._compat import SaveState, is_term, unwrap
 from .._results import RESULTS, is_okay, promote
 from ..adjoints import AbstractWalkAdjoint
+from ..equations._linear import LinearDriftTerm
 from ..equations._terms import DiffusionTerm, DriftTerm
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
@@ -312,7 +313,7 @@ def _save_end(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bo
 
 def _holding(term: Any, t: Any, y: Any, args: Any) -> Any:
     """The term, with what its functions close over made part of it."""
-    names = {DriftTerm: "drift", DiffusionTerm: "diffusion"}
+    names = {DriftTerm: "drift", LinearDriftTerm: "drift", DiffusionTerm: "diffusion"}
     names |= dict.fromkeys((diffrax.ODETerm, diffrax.ControlTerm), "vector_field")
     name = names.get(type(term))
     if name is None:

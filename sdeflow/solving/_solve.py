@@ -28,6 +28,7 @@ from ..paths import FractionalBrownian
 from ..paths._rows import RowNoise
 from ..paths._tree import quiet_tree
 from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
+from ..solvers import Exact
 from ..walking import asks_within, make_rows
 from ._check_input import (
     check_counts,
@@ -50,9 +51,11 @@ from ._choose import (
     choose_solver,
     choose_storage,
     evaluations,
+    is_solved_exactly,
     levy_area_for,
     noise_of_grid,
     resolve_coupling,
+    resolve_pieces,
     resolve_tolerances,
     wrong_backwards,
 )
@@ -86,8 +89,8 @@ def solve(
 
     One path per call; use ``jax.vmap`` for batches (a batched ``y0`` with a batch-wise drift is one path, and works).
     One of ``dt0``, ``grid`` and ``steps_per_interval`` fixes the steps. With none of them, a solver that is given takes
-    one step per interval of ``ts``; without a solver an ordinary equation is solved adaptively by Tsit5 with
-    ``rtol=1e-3, atol=1e-6``, and a stochastic one is an error that asks for ``dt0``.
+    one step per interval of ``ts``; without a solver a linear equation takes as many, exactly, an ordinary one is solved
+    adaptively by Tsit5 with ``rtol=1e-3, atol=1e-6``, and another stochastic one is an error that asks for ``dt0``.
 
     Arguments:
         equation: what moves: an equation of sdeflow, or raw diffrax terms (a tuple for solvers that split them).
@@ -103,8 +106,9 @@ def solve(
             controller, its first step.
         grid: the steps themselves, from `sdeflow.grids.through`.
         steps_per_interval: equal steps between two requested times.
-        solver: any diffrax solver. Default with fixed steps: Tsit5 for ordinary equations, ShARK for additive noise,
-            else Euler (Ito) or Heun (Stratonovich).
+        solver: any diffrax solver. Default with fixed steps: Tsit5 for ordinary equations, `sdeflow.solvers.Exact` for a
+            `sdeflow.equations.LinearSDE` (unless the path lacks what it needs, or regularisers or an adjoint other than
+            DiscreteAdjoint want stages), ShARK for other additive noise, else Euler (Ito) or Heun (Stratonovich).
         path: what drives a stochastic equation, e.g. `sdeflow.paths.GridBrownian`.
         stepsize_controller: a diffrax controller for adaptive steps.
         adjoint: how gradients come back: one of `sdeflow.adjoints` or of diffrax. Default:
@@ -167,7 +171,8 @@ def solve(
             )
         stepsize_controller = None
     fixed = any(x is not None for x in (dt0, grid, steps_per_interval)) or getattr(path, "grid", None) is not None
-    if not adaptive and not fixed and solver is None:
+    exact = solver is None and not adaptive and is_solved_exactly(equation, path, adjoint, regularisers)
+    if not adaptive and not fixed and solver is None and not exact:
         if stochastic or raw:
             raise ValueError(
                 "Nothing says how long the steps are: pass dt0=, e.g. dt0=0.01, or grid= or steps_per_interval=."
@@ -177,7 +182,8 @@ def solve(
     if solver is None:
         if raw:
             raise ValueError("Raw diffrax terms need a solver: pass solver=.")
-        solver, why = choose_solver(equation, not adaptive)  # pyright: ignore
+        law = Exact(), "the law of a linear equation over a step of any length"
+        solver, why = law if exact else choose_solver(equation, not adaptive)  # pyright: ignore
         choices.append(("solver", f"{type(solver).__name__}, {why}"))
     else:
         if not isinstance(solver, diffrax.AbstractSolver):
@@ -206,6 +212,7 @@ def solve(
             # A path within the terms has a grid of its own, which need not be that of the steps.
             steps = steps._replace(own_grid=False)
         check_stiff(equation, solver, steps.grid)
+        solver = resolve_pieces(solver, equation, steps.grid)
         choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
     if isinstance(path, FractionalBrownian):
         check_rough(equation)
