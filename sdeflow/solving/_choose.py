@@ -13,7 +13,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import PyTree
 
-from .._compat import use_stepsize_tol
+from .._compat import is_concrete, use_stepsize_tol
 from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
 from ..equations import AbstractEquation, UnderdampedLangevin
 from ..equations._fractional import STIFF, WithFactors
@@ -129,14 +129,20 @@ def check_interpretation(equation: AbstractEquation, solver: diffrax.AbstractSol
 
 
 def check_stiff(equation: Any, solver: diffrax.AbstractSolver, grid: Grid) -> None:
-    """Refuse steps too long for the fastest factor of fractional noise, where they are known.
+    """Refuse steps too long for a known decay: of the fastest factor of fractional noise, or of a linear equation.
 
     Raises:
-        ValueError: for an explicit method at ``max_rate * h >= 0.5``, which inflates that factor's variance.
+        ValueError: for an explicit method at ``max_rate * h >= 0.5``, which inflates that factor's variance, and for one
+            that grows along an eigenvector of a constant A along which the solution decays.
     """
-    if not isinstance(equation, WithFactors) or _has(solver, ExponentialHeun) or not grid.is_concrete:
+    if not grid.is_concrete or grid.num_rows == 0:
         return
     longest = float(np.abs(np.asarray(grid.right) - np.asarray(grid.left)).max())
+    if isinstance(equation, LinearSDE) and equation.is_constant and is_concrete(equation.A):
+        sign = np.sign(float(grid.right[-1]) - float(grid.left[0]))
+        _check_unstable(np.linalg.eigvals(np.asarray(equation.A, np.float64)) * sign, solver, longest)
+    if not isinstance(equation, WithFactors) or _has(solver, ExponentialHeun):
+        return
     fastest = equation.rates[-1]
     if longest * fastest >= STIFF:
         raise ValueError(
@@ -144,6 +150,35 @@ def check_stiff(equation: Any, solver: diffrax.AbstractSolver, grid: Grid) -> No
             f"{fastest:g}, and explicit steps are wrong about it from {STIFF / fastest:g} on: use "
             "sf.solvers.ExponentialHeun(), which is exact for the factors, or a smaller dt0."
         )
+
+
+def _check_unstable(rates: np.ndarray, solver: diffrax.AbstractSolver, longest: float) -> None:
+    z = rates[(rates.real < 0) & (np.abs(rates) * longest > 1)] * longest
+    growth = np.abs(_growth(solver, z))
+    if (growth > 1).any():
+        fastest = z[np.argmax(growth)] / longest
+        raise ValueError(
+            f"{type(solver).__name__} takes steps of {longest:g}, over which it grows where the equation decays at the "
+            f"rate {-fastest.real:g}: drop solver= (and regularisers=, and adjoint=) for sf.solvers.Exact(), stable at "
+            "any step, or take a smaller dt0."
+        )
+
+
+def _growth(solver: diffrax.AbstractSolver, z: np.ndarray) -> np.ndarray:
+    """What a step of an explicit method makes of y' = y z, y = 1, where it is known; else 0."""
+    tableau = getattr(solver, "tableau", None)
+    if type(solver) in (diffrax.Euler, diffrax.EulerHeun, diffrax.ItoMilstein, diffrax.StratonovichMilstein):
+        return 1 + z
+    if isinstance(solver, diffrax.AbstractERK) and isinstance(tableau, diffrax.ButcherTableau):
+        rows, last = tableau.a_lower, tableau.b_sol
+    elif isinstance(solver, diffrax.AbstractSRK) and tableau is not None:
+        rows, last = tableau.a, tableau.b_sol
+    else:
+        return np.zeros_like(z)
+    slopes = [np.ones_like(z) * z]
+    for row in rows:
+        slopes.append(z * (1 + sum(a * k for a, k in zip(np.asarray(row), slopes))))
+    return 1 + sum(b * k for b, k in zip(np.asarray(last), slopes))
 
 
 def check_rough(equation: Any) -> None:

@@ -32,7 +32,7 @@ REFUSED = {
         lambda: sf.solve(DECAY, Y, TS, dt0=0.1, steps_per_interval=2),
         "Only one of dt0, grid and steps_per_interval",
     ),
-    "a stochastic equation without steps": (lambda: sf.solve(OU, Y, TS, key=KEY), "pass dt0="),
+    "a stochastic equation without steps": (lambda: sf.solve(GBM, Y, TS, key=KEY), "pass dt0="),
     "no noise": (lambda: sf.solve(OU, Y, TS, dt0=0.1), "pass key=jax.random.key"),
     "key and path": (lambda: sf.solve(OU, Y, TS, key=KEY, path=_path()), "key or path, not both"),
     "a path for an ordinary equation": (lambda: sf.solve(DECAY, Y, TS, dt0=0.25, path=_path()), "drop path="),
@@ -140,7 +140,8 @@ def test_a_wrong_type_is_named(name):
 def test_what_is_chosen_by_default_is_printed_with_its_reason():
     shown = {
         "ODE": (sf.solve(DECAY, Y, TS, dt0=0.25), "Tsit5"),
-        "additive": (sf.solve(OU, Y, TS, dt0=0.25, key=KEY), "ShARK"),
+        "linear": (sf.solve(OU, Y, TS, dt0=0.25, key=KEY), "Exact"),
+        "additive": (sf.solve(OU.to_stratonovich(), Y, TS, dt0=0.25, key=KEY), "ShARK"),
         "Ito": (sf.solve(GBM, Y, TS, dt0=0.25, key=KEY), "Euler"),
         "Stratonovich": (sf.solve(STRATONOVICH, Y, TS, dt0=0.25, key=KEY), "Heun"),
     }

@@ -117,7 +117,7 @@ def test_a_key_is_the_path_made_of_it():
     grid = sf.grids.through([0.0, 0.3, 1.0], 0.13)
     ou = sf.equations.OrnsteinUhlenbeck(1.0, 0.0, 0.5)
     by_key = sf.solve(ou, jnp.ones(2), [0.0, 0.3, 1.0], grid=grid, key=jax.random.key(3))
-    path = sf.paths.GridBrownian(grid, (2,), key=jax.random.key(3), levy_area=AREA)
+    path = sf.paths.GridBrownian(grid, (2,), key=jax.random.key(3), levy_area=dfx.SpaceTimeTimeLevyArea)
     by_path = sf.solve(ou, jnp.ones(2), [0.0, 0.3, 1.0], path=path)
     np.testing.assert_allclose(by_key.ys, by_path.ys, rtol=1e-6)
 
