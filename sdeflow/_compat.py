@@ -13,6 +13,8 @@ import equinox.internal as eqxi
 import jax.tree_util as jtu
 import numpy as np
 from diffrax._integrate import SaveState as SaveState
+from diffrax._integrate import TermAndSolverIncompatible as TermAndSolverIncompatible
+from diffrax._integrate import _assert_term_compatible  # pyright: ignore[reportPrivateUsage]
 from diffrax._root_finder import use_stepsize_tol as use_stepsize_tol
 from diffrax._term import WrapTerm as WrapTerm
 from jax.core import Tracer
@@ -65,6 +67,10 @@ def unwrap(terms: Any) -> tuple[Any, Any]:
 def is_concrete(*arrays: Any) -> bool:
     """Whether every array has a value that can be read now, on the host."""
     return not any(isinstance(x, Tracer) for x in arrays)
+
+
+assert_term_compatible = _assert_term_compatible
+"""What ``diffeqsolve`` compares terms with the solver by; it raises `TermAndSolverIncompatible`."""
 
 
 def enumeration_of(item: Any) -> type:

@@ -194,3 +194,11 @@ def test_a_tree_that_calls_nothing_back_is_diffrax_s_tree_and_answers_nan_outsid
     assert quiet(made) is made
     other = diffrax.UnsafeBrownianPath((2,), jax.random.key(0))
     assert quiet(other) is other
+
+
+def test_terms_are_compared_with_the_solver_by_a_function_that_names_what_does_not_fit():
+    term, solver, y = diffrax.ODETerm(lambda t, y, args: -y), diffrax.KenCarp3(), jnp.ones(2)
+    how = solver.term_structure, solver.term_compatible_contr_kwargs
+    with pytest.raises(_compat.TermAndSolverIncompatible):
+        _compat.assert_term_compatible(0.0, y, None, term, *how)
+    _compat.assert_term_compatible(0.0, y, None, diffrax.MultiTerm(term, term), *how)

@@ -20,6 +20,11 @@ def _describe(x: Any) -> str:
     return eqx.tree_pformat(x, short_arrays=True, struct_as_array=True, width=200).replace("\n", " ")
 
 
+def _fill(out: Any) -> str:
+    """What to do about one number where an array is wanted."""
+    return " Return an array of the state's shape, e.g. jnp.zeros_like(y)." if eqx.is_array_like(out) else ""
+
+
 def check_like(out: Any, y: Any, what: str, advice: str = "") -> Any:
     """``out`` as arrays of exactly the structure, shapes and dtypes of ``y``.
 
@@ -37,7 +42,7 @@ def check_like(out: Any, y: Any, what: str, advice: str = "") -> Any:
         if jnp.shape(o) != jnp.shape(x):
             raise ValueError(
                 f"The {what} must return the state's shape {jnp.shape(x)}{where}, but returned shape {jnp.shape(o)}; "
-                f"sdeflow never broadcasts.{advice}"
+                f"sdeflow never broadcasts.{advice or _fill(o)}"
             )
         dtype, wanted = jnp.result_type(o), jnp.result_type(x)
         if not jnp.issubdtype(dtype, jnp.inexact) or jnp.promote_types(dtype, wanted) != wanted:
@@ -149,7 +154,7 @@ def _check_shapes(out: Any, y: Any, what: str) -> None:
     if not same:
         raise ValueError(
             f"The {what} must have the structure and shapes of the state, {_describe(y)}, but is {_describe(out)}; "
-            "sdeflow never broadcasts."
+            f"sdeflow never broadcasts.{_fill(out)}"
         )
 
 

@@ -132,8 +132,8 @@ def check_stiff(equation: Any, solver: diffrax.AbstractSolver, grid: Grid) -> No
     """Refuse steps too long for a known decay: of the fastest factor of fractional noise, or of a linear equation.
 
     Raises:
-        ValueError: for an explicit method at ``max_rate * h >= 0.5``, which inflates that factor's variance, and for one
-            that grows along an eigenvector of a constant A along which the solution decays.
+        ValueError: for an explicit method at ``max_rate * h >= 0.5``, which inflates that factor's variance, and for
+            one that grows where the solution of a constant A decays.
     """
     if not grid.is_concrete or grid.num_rows == 0:
         return

@@ -41,6 +41,7 @@ from ._check_input import (
     check_y0,
 )
 from ._check_path import check_path, controls_cut_short
+from ._check_terms import check_terms
 from ._choose import (
     check_adapts,
     check_backwards,
@@ -89,8 +90,9 @@ def solve(
 
     One path per call; use ``jax.vmap`` for batches (a batched ``y0`` with a batch-wise drift is one path, and works).
     One of ``dt0``, ``grid`` and ``steps_per_interval`` fixes the steps. With none of them, a solver that is given takes
-    one step per interval of ``ts``; without a solver a linear equation takes as many, exactly, an ordinary one is solved
-    adaptively by Tsit5 with ``rtol=1e-3, atol=1e-6``, and another stochastic one is an error that asks for ``dt0``.
+    one step per interval of ``ts``; without a solver a linear equation takes as many, exactly, an ordinary one is
+    solved adaptively by Tsit5 with ``rtol=1e-3, atol=1e-6``, and another stochastic one is an error that asks for
+    ``dt0``.
 
     Arguments:
         equation: what moves: an equation of sdeflow, or raw diffrax terms (a tuple for solvers that split them).
@@ -106,9 +108,9 @@ def solve(
             controller, its first step.
         grid: the steps themselves, from `sdeflow.grids.through`.
         steps_per_interval: equal steps between two requested times.
-        solver: any diffrax solver. Default with fixed steps: Tsit5 for ordinary equations, `sdeflow.solvers.Exact` for a
-            `sdeflow.equations.LinearSDE` (unless the path lacks what it needs, or regularisers or an adjoint other than
-            DiscreteAdjoint want stages), ShARK for other additive noise, else Euler (Ito) or Heun (Stratonovich).
+        solver: any diffrax solver. Default with fixed steps: Tsit5 for ordinary equations, `sdeflow.solvers.Exact` for
+            a `sdeflow.equations.LinearSDE` (ShARK where the path lacks what it needs, and where regularisers or an
+            adjoint read stages), ShARK for other additive noise, else Euler (Ito) or Heun (Stratonovich).
         path: what drives a stochastic equation, e.g. `sdeflow.paths.GridBrownian`.
         stepsize_controller: a diffrax controller for adaptive steps.
         adjoint: how gradients come back: one of `sdeflow.adjoints` or of diffrax. Default:
@@ -307,6 +309,7 @@ def _run(
         else:
             path = noise_of_grid(equation, solver, steps.grid, structure, key, storage)  # pyright: ignore
     terms = equation if _is_terms(equation) else equation.terms(path)
+    check_terms(terms, solver, ts[0], y0, args)
     _check_raw_terms(terms, y0, ts, args)
 
     if steps is not None:

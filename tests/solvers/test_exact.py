@@ -125,7 +125,8 @@ def test_a_key_draws_the_brownian_motion_that_other_solvers_see(x64):
     grid = sf.grids.uniform(0.0, 1.0, 8)
     own = sf.paths.LinearBrownian(grid, (2,), dim=3, key=KEY)
     plain = sf.paths.GridBrownian(grid, (2,), key=KEY, levy_area=dfx.SpaceTimeLevyArea)
-    assert (own.table.W == plain.table.W).all() and (own.table.H == plain.table.H).all()
+    np.testing.assert_array_equal(own.table.W, plain.table.W)
+    np.testing.assert_array_equal(own.table.H, plain.table.H)
     counted = sf.paths.LinearBrownian(grid, (2,), dim=3, key=KEY, storage="counter")
     assert counted.row(2, 0.125).normals.shape == (3,)
     merged, whole = own.coarsen(4), plain.coarsen(4)
@@ -145,7 +146,7 @@ def test_steps_far_beyond_stability_and_none_at_all():
     assert abs(x.mean() - 2) < 5 * np.sqrt(1 / 2000 / x.size)
     np.testing.assert_allclose(x.var(), 1 / 2000, rtol=5 * np.sqrt(2 / x.size))
     sol = sf.solve(stiff, jnp.zeros(2), [0.0, 0.5, 1.0], key=KEY)
-    assert int(sol.stats["num_steps"]) == 2 and "Exact" in repr(sol)
+    assert int(sol.stats["num_steps"]) == 2
     traced = jax.jit(lambda ts: sf.solve(stiff, jnp.zeros(2), ts, key=KEY).final)(jnp.array([0.0, 0.5, 1.0]))
     np.testing.assert_allclose(traced, sol.final, rtol=1e-6)
     with pytest.raises(ValueError, match=r"ShARK takes steps of 0.01, over which it grows .* decays at the rate 1000"):
