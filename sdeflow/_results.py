@@ -12,17 +12,33 @@ import diffrax
 import jax
 from jaxtyping import Array, Bool
 
-from ._compat import enumeration_of, messages, names, values_of
+from ._compat import enumeration_of, is_concrete, messages, names, values_of
 
 _T = TypeVar("_T")
+
+
+class _Described(type(diffrax.RESULTS)):
+    """Looks up what a member is printed by: diffrax's success has an empty sentence, and batches print all of theirs."""
+
+    def __getitem__(cls, item: Any) -> str:
+        text = super().__getitem__(item)
+        if not is_concrete(*jax.tree_util.tree_leaves(item)) or text == "unknown":
+            return text
+        count = values_of(item).size
+        bad = message_of(item)
+        if bad or count > 1:
+            return bad or f"all {count} successful"
+        return text or "successful"
 
 
 with warnings.catch_warnings():
     # optimistix has a `nonfinite` of its own, about nonlinear solves; ours says what it means here.
     warnings.simplefilter("ignore")
 
-    class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
+    class RESULTS(diffrax.RESULTS, metaclass=_Described):  # pyright: ignore[reportGeneralTypeIssues]
         """Every way a computation of sdeflow can end; the messages say what to do."""
+
+        __module__ = "sdeflow"
 
         nonfinite = (
             "The solution became infinite or NaN. Take smaller steps, or check the drift and the diffusion where the "
@@ -100,6 +116,14 @@ def message_of(result: Any) -> str:
         return ""
     message = messages(RESULTS)[bad[0]]
     return message if len(values) == 1 else f"{len(bad)} of {len(values)} paths failed. The first: {message}"
+
+
+def failure_in_brackets(result: Any) -> str:
+    """`` (failed: ...)`` for a ``repr`` whose result is known and is a failure, else nothing."""
+    if result is None or not all(hasattr(x, "size") and is_concrete(x) for x in jax.tree_util.tree_leaves(result)):
+        return ""
+    message = message_of(result)
+    return f" (failed: {message})" if message else ""
 
 
 def check(sol: _T) -> _T:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._compat import is_concrete
+from .._results import failure_in_brackets
 from ..equations import ODE, SDE
 from ._clock import Clock, apply, transition
 from ._mixture import MixturePotential
@@ -191,7 +192,8 @@ class Bridge(eqx.Module):
         kind = type(self.reference).__name__
         d, K = self.clock.shift.shape[0], self.potential.log_weights.shape[0]
         way = "and back" if self.backward is not None else "forward only"
-        return f"Bridge({d} dimensions, {kind}, t from {self.t0} to {self.t1}, {K} components, {way})"
+        told = failure_in_brackets(self.result)
+        return f"Bridge({d} dimensions, {kind}, t from {self.t0} to {self.t1}, {K} components, {way}){told}"
 
 
 def check_times(ts: Array, t0: Array, t1: Array) -> None:
