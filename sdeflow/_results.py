@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 class _Described(type(diffrax.RESULTS)):
-    """Looks up what a member is printed by: diffrax's success has an empty sentence, and batches print all of theirs."""
+    """Looks up what a member is printed by: diffrax's success has an empty sentence, and batches print all theirs."""
 
     def __getitem__(cls, item: Any) -> str:
         text = super().__getitem__(item)

@@ -16,7 +16,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._compat import is_concrete, is_term
+from .._compat import alike, is_concrete, is_term, on_any_mesh
 from .._results import RESULTS, SolveError, is_okay
 from ..adjoints import AbstractWalkAdjoint
 from ..equations import AbstractEquation, Chart
@@ -247,7 +247,7 @@ def solve(
         check_backwards(solver)
     traced = not is_concrete(ts) if steps is None else steps.traced
 
-    sol = _run(
+    sol = on_any_mesh(_run)(
         equation, y0, jnp.asarray(ts, dtype), args, key, dt0 if adaptive else None, steps, storage, solver, path,
         stepsize_controller, adjoint, tuple(regularisers), save_fn, event, max_steps, traced, forwards_only,
         tuple(choices),
@@ -296,6 +296,7 @@ def _run(
     dtype = ts.dtype
     if steps is not None:
         steps = steps._replace(grid=cast(steps.grid, dtype))
+    y0, ts, dt0, steps = alike((y0, ts, dt0, steps), y0, ts, args, key, equation, path, steps)
     good = times_are_good(ts, None if steps is None else steps.grid, forwards_only) if traced else None
     if ts.shape[0] == 1:
         return _stay(equation, y0, ts, args, regularisers, save_fn, controller is not None, good, choices)
