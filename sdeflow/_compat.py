@@ -6,14 +6,11 @@ Every item below is pinned by one test in ``tests/test_diffrax_contract.py``.
 
 import functools as ft
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import diffrax
-import equinox as eqx
 import equinox.internal as eqxi
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from diffrax._integrate import SaveState as SaveState
@@ -144,76 +141,19 @@ def is_buffer(x: Any) -> bool:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """The axes of a ``jax.shard_map`` over whose devices the value is known to vary."""
+    """The axes of a ``jax.shard_map`` over whose devices a value is typed as varying."""
     aval = jax.typeof(x)
     kind = getattr(aval, "manual_axis_type", None)
-    return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
+    return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
 
-def mesh_of(*trees: Any) -> Any:
-    """The mesh that JAX has written into the type of one of the arrays; None if there is none."""
-    for x in jtu.tree_leaves(trees):
-        mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) if _is_array(x) else None
-        if mesh is not None and not mesh.empty:
-            return mesh
-    return None
+def typed_as_varying(aval: Any, axes: tuple[str, ...], mesh: Any) -> Any:
+    """The type of an array, as one on this mesh that varies over exactly these axes."""
+    whole = jax.sharding.PartitionSpec(*(None for _ in aval.shape))
+    aval = aval.update(sharding=jax.sharding.NamedSharding(mesh, whole), **_varying(aval, ()))
+    return aval.update(**_varying(aval, axes))
 
 
-def on_any_mesh(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn``, which knows nothing of explicit axes, where its arrays or the context have some.
-
-    JAX writes explicit axes into the types of arrays, and every operation has to say what it makes of them; within
-    ``fn`` they are automatic instead, as on other meshes. What it returns is not split over them, except over those
-    that a ``jax.vmap`` around it maps.
-    """
-
-    @ft.wraps(fn)
-    def wrapped(*args: Any) -> Any:
-        dynamic, static = eqx.partition(args, lambda x: _is_array(x) or isinstance(x, np.ndarray))
-        context = jax.sharding.get_abstract_mesh()
-        mesh = mesh_of(dynamic) if context.empty else context
-        explicit = jax.sharding.AxisType.Explicit
-        axes = () if mesh is None else tuple(n for n, k in zip(mesh.axis_names, mesh.axis_types) if k == explicit)
-        if not axes:
-            return fn(*args)
-        rest: list[Any] = []
-
-        def inner(dynamic: Any) -> Any:
-            out, other = eqx.partition(fn(*eqx.combine(dynamic, static)), _is_array)
-            rest.append(other)
-            return out
-
-        with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
-            out = jax.sharding.auto_axes(inner, axes=axes, out_sharding=jax.sharding.PartitionSpec())(dynamic)
-        return eqx.combine(out, rest[-1])
-
-    return wrapped
-
-
-def alike(tree: Any, *trees: Any) -> Any:
-    """The arrays of ``tree`` as what those of ``trees`` are to a mesh: of its type, and varying over the same axes.
-
-    A loop does not take a carry that becomes another type in its first step, and constants know nothing of a mesh.
-    """
-    leaves = [x for x in jtu.tree_leaves(trees) if _is_array(x)]
-    axes = frozenset().union(*map(varying_axes, leaves))
-    mesh = mesh_of(*leaves)
-    if mesh is None and jax.sharding.get_abstract_mesh().empty:
-        return tree
-
-    def one(x: Any) -> Any:
-        if not (_is_array(x) or isinstance(x, np.ndarray)):
-            return x
-        x = jnp.asarray(x)
-        numeric = not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        if numeric and mesh_of(x) is None:
-            # What an operation returns has the type of the mesh.
-            x = x & True if x.dtype == jnp.bool_ else x * np.ones((), x.dtype)
-        missing = tuple(axes - varying_axes(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jtu.tree_map(one, tree)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array)
+def _varying(aval: Any, axes: tuple[str, ...]) -> dict[str, Any]:
+    kind = getattr(aval, "manual_axis_type", None)
+    return {"vma": frozenset(axes)} if kind is None else {"manual_axis_type": kind.update(varying=frozenset(axes))}

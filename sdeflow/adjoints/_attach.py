@@ -20,6 +20,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+from .._mesh import on_each_device
+
 Flags = tuple[bool, ...]
 Rule = Callable[[list[Array], list[Array], Flags, Flags | None], list[Array]]
 
@@ -131,7 +133,8 @@ def _transpose(
     # JAX may hand over a small constant as a number of Python.
     inputs = [jnp.asarray(x) for x in args[sum(wanted) :]]
     inputs = [_once(x, advice) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in inputs]
-    out = _pull(rule, inputs, [ad.instantiate_zeros(ct) for ct in cts], wanted, levels)
+    pull = lambda both: _pull(rule, *both, wanted, levels)
+    out = on_each_device(pull, (inputs, [ad.instantiate_zeros(ct) for ct in cts]))
     return [*out, *(None for _ in inputs)]
 
 

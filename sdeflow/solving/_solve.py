@@ -16,7 +16,8 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._compat import alike, is_concrete, is_term, on_any_mesh
+from .._compat import is_concrete, is_term
+from .._mesh import on_any_mesh
 from .._results import RESULTS, SolveError, is_okay
 from ..adjoints import AbstractWalkAdjoint
 from ..equations import AbstractEquation, Chart
@@ -296,7 +297,6 @@ def _run(
     dtype = ts.dtype
     if steps is not None:
         steps = steps._replace(grid=cast(steps.grid, dtype))
-    y0, ts, dt0, steps = alike((y0, ts, dt0, steps), y0, ts, args, key, equation, path, steps)
     good = times_are_good(ts, None if steps is None else steps.grid, forwards_only) if traced else None
     if ts.shape[0] == 1:
         return _stay(equation, y0, ts, args, regularisers, save_fn, controller is not None, good, choices)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._compat import alike
 from .._results import RESULTS, is_okay, promote
 from ..paths._rows import RowNoise
 from ..solvers import McCallumFoster
@@ -206,8 +205,7 @@ def first_carry(solver: diffrax.AbstractSolver, terms: Any, args: Any, y0: PyTre
     state = solver.init(terms, rows.left[0], rows.right[0], y0, args)
     # A weak type or a Python scalar would make the carry change its type after one step.
     state = jtu.tree_map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
-    result = RESULTS.successful if fallible else None
-    return alike(Carry(y0, state, result), y0, state, rows.arrays, terms, args)
+    return Carry(y0, state, RESULTS.successful if fallible else None)
 
 
 def step_row(solver: diffrax.AbstractSolver, terms: Any, args: Any, rows: Rows, carry: Carry, row: Any) -> Any:

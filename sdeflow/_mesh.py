@@ -1,0 +1,121 @@
+"""Computations that know nothing of meshes, run where JAX writes one into the types of arrays.
+
+With explicit axes every operation has to say how its result lies on the mesh, and within ``jax.shard_map`` every value
+has a type that says over which axes it varies; a loop does not take a carry whose type changes in its first step.
+Loops of other packages, which begin from constants, then are errors. Here a whole computation is traced as it would be
+on one device, and its program is applied: explicit axes are automatic within it, and within ``jax.shard_map`` it is
+what it is there, a program of one device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from ._compat import typed_as_varying, varying_axes
+
+_P, _T = ParamSpec("_P"), TypeVar("_T")
+_KIND = jax.sharding.AxisType
+_NO_MESH = jax.sharding.AbstractMesh((), ())
+
+
+def on_any_mesh(fn: Callable[_P, _T]) -> Callable[_P, _T]:
+    """``fn``, of trees, on any mesh.
+
+    What it returns is not split over explicit axes, except over those that a ``jax.vmap`` around it maps; within
+    ``jax.shard_map`` all that it returns varies over the axes over which one of its arrays does.
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        context = jax.sharding.get_abstract_mesh()
+        mesh = _mesh_of((args, kwargs)) if context.empty else context
+        kinds = () if mesh is None else mesh.axis_types
+        if _KIND.Explicit not in kinds and _KIND.Manual not in kinds:
+            return fn(*args, **kwargs)
+        dynamic, static = eqx.partition((args, kwargs), lambda x: isinstance(x, jax.Array | np.ndarray))
+        rest: list[Any] = []
+
+        def inner(dynamic: Any) -> Any:
+            args, kwargs = eqx.combine(dynamic, static)
+            out, other = eqx.partition(fn(*args, **kwargs), eqx.is_array)
+            rest.append(other)
+            return out
+
+        if _KIND.Manual in kinds:
+            out = on_each_device(inner, dynamic)
+        else:
+            axes = tuple(name for name, kind in zip(mesh.axis_names, kinds) if kind == _KIND.Explicit)
+            with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+                out = jax.sharding.auto_axes(inner, axes=axes, out_sharding=jax.sharding.PartitionSpec())(dynamic)
+        return eqx.combine(out, rest[-1])
+
+    return cast(Callable[_P, _T], wrapped)
+
+
+def _mesh_of(tree: Any) -> Any:
+    for x in jtu.tree_leaves(tree):
+        mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) if eqx.is_array(x) else None
+        if mesh is not None and not mesh.empty:
+            return mesh
+    return None
+
+
+def on_each_device(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``fn`` of a tree of arrays, traced as on one device where that is within ``jax.shard_map``."""
+    if _KIND.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return fn(tree)
+    leaves, treedef = jtu.tree_flatten(tree)
+    shapes = [jax.ShapeDtypeStruct(np.shape(x), x.dtype, weak_type=getattr(x, "weak_type", False)) for x in leaves]
+    with jax.sharding.use_abstract_mesh(_NO_MESH):
+        program, out = jax.make_jaxpr(lambda *x: fn(jtu.tree_unflatten(treedef, x)), return_shape=True)(*shapes)
+    # What functions close over are constants of the program; they take part in derivatives as its inputs do.
+    inputs = [x for x in (*program.consts, *leaves) if eqx.is_array(x)]
+    axes = tuple(sorted(frozenset().union(*map(varying_axes, inputs))))
+
+    def untyped(x: Any) -> Any:
+        if not eqx.is_array(x):
+            return x
+        missing = tuple(set(axes) - varying_axes(x))
+        # Its derivative sums over the devices, as it must for what they share.
+        x = jax.lax.pcast(x, missing, to="varying") if missing else x
+        return retype_p.bind(x, axes=axes, typed=False)
+
+    values = jax.core.eval_jaxpr(program.jaxpr, [*map(untyped, program.consts)], *map(untyped, leaves))
+    values = [retype_p.bind(x, axes=axes, typed=True) for x in values]
+    return jtu.tree_unflatten(jtu.tree_structure(out), values)
+
+
+# The identity, which changes nothing but whether the mesh is written into a value's type; so does its transpose.
+
+
+def _identity(x: Any, *, axes: tuple[str, ...], typed: bool) -> Any:
+    return x
+
+
+def _typed(x: Any, *, axes: tuple[str, ...], typed: bool) -> Any:
+    context = jax.sharding.get_abstract_mesh()
+    return typed_as_varying(x, axes, context) if typed else typed_as_varying(x, (), _NO_MESH)
+
+
+def _transpose(ct: Any, x: Any, *, axes: tuple[str, ...], typed: bool) -> list[Any]:
+    del x
+    return [ct if type(ct) is ad.Zero else retype_p.bind(ct, axes=axes, typed=not typed)]
+
+
+def _batch(args: Any, dims: Any, **params: Any) -> tuple[Any, Any]:
+    return retype_p.bind(*args, **params), dims[0]
+
+
+retype_p = Primitive("write_mesh")
+retype_p.def_impl(_identity)
+retype_p.def_abstract_eval(_typed)
+ad.deflinear2(retype_p, _transpose)
+batching.primitive_batchers[retype_p] = _batch
+mlir.register_lowering(retype_p, mlir.lower_fun(_identity, multiple_results=False))
