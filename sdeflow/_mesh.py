@@ -69,7 +69,9 @@ def _mesh_of(tree: Any) -> Any:
 
 def on_each_device(fn: Callable[[Any], Any], tree: Any) -> Any:
     """``fn`` of a tree of arrays, traced as on one device where that is within ``jax.shard_map``."""
-    if _KIND.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+    context = jax.sharding.get_abstract_mesh()
+    mesh = _mesh_of(tree) if context.empty else context
+    if mesh is None or _KIND.Manual not in mesh.axis_types:
         return fn(tree)
     leaves, treedef = jtu.tree_flatten(tree)
     shapes = [jax.ShapeDtypeStruct(np.shape(x), x.dtype, weak_type=getattr(x, "weak_type", False)) for x in leaves]
@@ -85,28 +87,41 @@ def on_each_device(fn: Callable[[Any], Any], tree: Any) -> Any:
         missing = tuple(set(axes) - varying_axes(x))
         # Its derivative sums over the devices, as it must for what they share.
         x = jax.lax.pcast(x, missing, to="varying") if missing else x
-        return retype_p.bind(x, axes=axes, typed=False)
+        return retype_p.bind(x, axes=axes, mesh=mesh, typed=False)
 
     values = jax.core.eval_jaxpr(program.jaxpr, [*map(untyped, program.consts)], *map(untyped, leaves))
-    values = [retype_p.bind(x, axes=axes, typed=True) for x in values]
+    if not context.empty:
+        values = [retype_p.bind(x, axes=axes, mesh=mesh, typed=True) for x in values]
     return jtu.tree_unflatten(jtu.tree_structure(out), values)
+
+
+def plain(tree: Any) -> Any:
+    """The arrays of a tree without the mesh that closed-over values of a `jax.shard_map` bring into a program."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def one(x: Any) -> Any:
+        mesh = _mesh_of(x)
+        alien = mesh is not None and _KIND.Manual in mesh.axis_types
+        return retype_p.bind(x, axes=(), mesh=mesh, typed=False) if alien else x
+
+    return jtu.tree_map(one, tree)
 
 
 # The identity, which changes nothing but whether the mesh is written into a value's type; so does its transpose.
 
 
-def _identity(x: Any, *, axes: tuple[str, ...], typed: bool) -> Any:
+def _identity(x: Any, *, axes: tuple[str, ...], mesh: Any, typed: bool) -> Any:
     return x
 
 
-def _typed(x: Any, *, axes: tuple[str, ...], typed: bool) -> Any:
-    context = jax.sharding.get_abstract_mesh()
-    return typed_as_varying(x, axes, context) if typed else typed_as_varying(x, (), _NO_MESH)
+def _typed(x: Any, *, axes: tuple[str, ...], mesh: Any, typed: bool) -> Any:
+    return typed_as_varying(x, axes, mesh) if typed else typed_as_varying(x, (), _NO_MESH)
 
 
-def _transpose(ct: Any, x: Any, *, axes: tuple[str, ...], typed: bool) -> list[Any]:
+def _transpose(ct: Any, x: Any, *, typed: bool, **params: Any) -> list[Any]:
     del x
-    return [ct if type(ct) is ad.Zero else retype_p.bind(ct, axes=axes, typed=not typed)]
+    return [ct if type(ct) is ad.Zero else retype_p.bind(ct, typed=not typed, **params)]
 
 
 def _batch(args: Any, dims: Any, **params: Any) -> tuple[Any, Any]:
