@@ -27,6 +27,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._compat import is_concrete
+from .._mesh import on_any_mesh
 from .._results import RESULTS, SolveError
 from ..equations import LinearSDE
 from ..metrics._blocks import masses
@@ -48,6 +49,7 @@ _CHUNKS = 20
 _ORDER, _BACK = 0, 2  # What keys are folded in for.
 
 
+@on_any_mesh
 def light_sb(
     x0: Any,
     x1: Any,

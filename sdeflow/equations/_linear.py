@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._compat import is_concrete
+from .._mesh import on_any_mesh
 from ._equation import AbstractEquation
 from ._observed import observed
 from ._terms import DiffusionTerm, DriftTerm
@@ -299,6 +300,7 @@ class LinearSDE(AbstractEquation):
         return observed("smooth", self, ts, ys, mask, obs_std, observe, initial, t0)
 
 
+@on_any_mesh
 @jax.jit
 def _transition(A: Array, b: Array, noise: Array, duration: Array) -> tuple[Array, Array, Array]:
     dtype = jnp.result_type(A, b, noise, jnp.asarray(duration, A.dtype))
@@ -330,6 +332,7 @@ def _transition(A: Array, b: Array, noise: Array, duration: Array) -> tuple[Arra
     return eye + grown, integral, (Q + Q.T) / 2
 
 
+@on_any_mesh
 @jax.jit
 def _stationary(A: Array, b: Array, noise: Array) -> tuple[Array, Array]:
     size = jnp.maximum(jnp.abs(A).sum(axis=0).max(), jnp.abs(A).sum(axis=1).max())

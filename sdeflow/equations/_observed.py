@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._compat import is_concrete
+from .._mesh import on_any_mesh
 from ..paths._kalman import kalman, kalman_smoother
 
 Wanted = Literal["log_prob", "filter", "smooth"]
@@ -40,6 +41,7 @@ def observed(
 
 
 # Compiled as a whole, so that a call outside of any trace does not build its loops anew.
+@on_any_mesh
 @eqx.filter_jit
 def _run(
     equation: Any, starts: Any, gaps: Any, H: Any, std: Any, ys: Any, seen: Any, start: tuple[Any, Any], wanted: Wanted

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._compat import is_concrete
+from .._mesh import on_any_mesh
 
 Law = tuple[Array, Array, Array]  # Phi, c and Q; Phi and Q are vectors where components do not mix.
 Coefficients = Callable[[Any], Law]  # A, b and L at a time, alike.
@@ -73,6 +74,7 @@ def identity(like: Law) -> Law:
 
 
 # Compiled, so that a call outside of any trace does not build its loop anew.
+@on_any_mesh
 @eqx.filter_jit
 def over_piece(coefficients: Coefficients, s: Array, duration: Array) -> tuple[Law, Array]:
     """The law over one piece, and whether it is resolved."""
@@ -151,6 +153,7 @@ def laws_to_end(coefficients: Coefficients, s: Array, duration: Array, pieces: i
     return laws
 
 
+@on_any_mesh
 @eqx.filter_jit
 def _laws_to_end(coefficients: Coefficients, s: Array, duration: Array, pieces: int) -> Law:
     starts = s + duration * (jnp.arange(pieces, dtype=duration.dtype) / pieces)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._mesh import on_any_mesh
 from ._blocks import BLOCK, join, over_blocks, products, split
 
 
@@ -116,6 +117,7 @@ class Coupling(eqx.Module):
         return _value(self)
 
 
+@on_any_mesh
 @eqx.filter_jit
 def _draws(c: Coupling, indices: Array, key: PRNGKeyArray) -> Array:
     def draw(place: tuple[Array, Array]) -> Array:
@@ -126,6 +128,7 @@ def _draws(c: Coupling, indices: Array, key: PRNGKeyArray) -> Array:
     return jax.lax.map(draw, places, batch_size=max(BLOCK // len(c.y), 1)).reshape(indices.shape)
 
 
+@on_any_mesh
 @eqx.filter_jit
 def _value(c: Coupling) -> Array:
     (f, g), (here, there) = jax.lax.stop_gradient((c.potentials, c.centres))
@@ -158,6 +161,7 @@ def _relaxed(f: Array, rho: Array) -> Array:
     return jnp.where(jnp.isinf(rho), f, -finite * jnp.expm1(-f / finite))
 
 
+@on_any_mesh
 @eqx.filter_jit
 def moments(f: Array, g: Array, x: Array, y: Array, a: Array, b: Array, epsilon: Array, rows: int) -> tuple:
     """Sums over the density E of the plan, block by block.

@@ -6,11 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._compat import is_concrete
+from .._mesh import on_any_mesh
 from .._results import is_okay
 from ._blocks import clouds
 from ._sinkhorn import sinkhorn
 
 
+@on_any_mesh
 def sinkhorn_divergence(
     x: Any,
     y: Any,

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._compat import is_concrete
+from .._mesh import on_any_mesh
 from ._blocks import block_rows, clouds, over_blocks, products, split
 
 
@@ -92,6 +93,7 @@ def _enough(x: Any, y: Any, biased: bool) -> tuple[Array, Array]:
     return x, y
 
 
+@on_any_mesh
 @eqx.filter_jit
 def _between(x: Array, y: Array, rates: Array | None, biased: bool) -> Array:
     """E k(X, Y) - (E k(X, X') + E k(Y, Y')) / 2, where k is the distance, or a sum of exponentials of its square."""

@@ -26,11 +26,13 @@ import numpy as np
 from jaxtyping import Array
 
 from .._compat import is_concrete
+from .._mesh import on_any_mesh
 from .._results import RESULTS, SolveError, is_okay
 from ._blocks import DENSE, block_rows, clouds, join, masses, over_blocks, products, split
 from ._coupling import Coupling, within
 
 
+@on_any_mesh
 def sinkhorn(
     x: Any,
     y: Any,
@@ -127,6 +129,7 @@ _RESOLUTION = 0.05
 _STEP = 40.0
 
 
+@on_any_mesh
 @eqx.filter_jit
 def _solve(
     x: Array,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._mesh import on_any_mesh
 from ._average import absolute
 from ._blocks import clouds, masses
 
@@ -83,6 +84,7 @@ def sliced_wasserstein(
     return _distance(x, y, a, b, key, p, num_projections, control_variate, centred, constant_slope, weighted)
 
 
+@on_any_mesh
 @eqx.filter_jit
 def _distance(
     x: Array,
