@@ -8,6 +8,7 @@ what it is there, a program of one device.
 """
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -39,11 +40,11 @@ def on_any_mesh(fn: Callable[_P, _T]) -> Callable[_P, _T]:
         kinds = () if mesh is None else mesh.axis_types
         if _KIND.Explicit not in kinds and _KIND.Manual not in kinds:
             return fn(*args, **kwargs)
-        dynamic, static = eqx.partition((args, kwargs), lambda x: isinstance(x, jax.Array | np.ndarray))
+        dynamic, static = eqx.partition(_opened((args, kwargs)), lambda x: isinstance(x, jax.Array | np.ndarray))
         rest: list[Any] = []
 
         def inner(dynamic: Any) -> Any:
-            args, kwargs = eqx.combine(dynamic, static)
+            args, kwargs = _closed(eqx.combine(dynamic, static))
             out, other = eqx.partition(fn(*args, **kwargs), eqx.is_array)
             rest.append(other)
             return out
@@ -57,6 +58,53 @@ def on_any_mesh(fn: Callable[_P, _T]) -> Callable[_P, _T]:
         return eqx.combine(out, rest[-1])
 
     return cast(Callable[_P, _T], wrapped)
+
+
+class _Opened(eqx.Module):
+    """A function of Python, with what it closes over as part of the tree."""
+
+    function: Any = eqx.field(static=True)
+    cells: tuple[Any, ...]
+
+
+def _opened(tree: Any, within: frozenset[int] = frozenset()) -> Any:
+    """The tree, with functions that close over arrays opened, as those would bring their mesh into the program."""
+
+    def one(x: Any) -> Any:
+        if id(x) in within:
+            return x
+        try:
+            held = _held(x)
+        except ValueError:  # a name that is yet to be bound
+            return x
+        held = _opened(held, within | {id(x)})
+        return _Opened(x, held) if any(map(eqx.is_array, jtu.tree_leaves(held))) else x
+
+    return jtu.tree_map(one, tree)
+
+
+def _held(x: Any) -> tuple[Any, ...]:
+    if isinstance(x, functools.partial):
+        return x.func, x.args, x.keywords
+    cells = x.__closure__ if isinstance(x, types.FunctionType) else None
+    return tuple(cell.cell_contents for cell in cells or ())
+
+
+def _closed(tree: Any) -> Any:
+    """The tree with its functions again."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, _Opened):
+            return x
+        old, held = x.function, _closed(x.cells)
+        if isinstance(old, functools.partial):
+            return functools.partial(held[0], *held[1], **held[2])
+        cells = tuple(map(types.CellType, held))
+        new = types.FunctionType(old.__code__, old.__globals__, old.__name__, old.__defaults__, cells)
+        new.__kwdefaults__ = old.__kwdefaults__
+        return new
+
+    return jtu.tree_map(one, tree, is_leaf=lambda x: isinstance(x, _Opened))
 
 
 def _mesh_of(tree: Any) -> Any:
@@ -93,19 +141,6 @@ def on_each_device(fn: Callable[[Any], Any], tree: Any) -> Any:
     if not context.empty:
         values = [retype_p.bind(x, axes=axes, mesh=mesh, typed=True) for x in values]
     return jtu.tree_unflatten(jtu.tree_structure(out), values)
-
-
-def plain(tree: Any) -> Any:
-    """The arrays of a tree without the mesh that closed-over values of a `jax.shard_map` bring into a program."""
-    if not jax.sharding.get_abstract_mesh().empty:
-        return tree
-
-    def one(x: Any) -> Any:
-        mesh = _mesh_of(x)
-        alien = mesh is not None and _KIND.Manual in mesh.axis_types
-        return retype_p.bind(x, axes=(), mesh=mesh, typed=False) if alien else x
-
-    return jtu.tree_map(one, tree)
 
 
 # The identity, which changes nothing but whether the mesh is written into a value's type; so does its transpose.

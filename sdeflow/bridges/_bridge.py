@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._compat import is_concrete
+from .._mesh import on_any_mesh
 from .._results import failure_in_brackets
 from ..equations import ODE, SDE
 from ._clock import Clock, apply, transition
@@ -63,34 +64,41 @@ class Bridge(eqx.Module):
         """The variance of the reference over the horizon, per component."""
         return self.clock.epsilon
 
+    @on_any_mesh
     def drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The drift at one state; use ``vmap`` for more. From samples it is finite before t1 only, else up to t1."""
         return self._reference_drift(t, x) + self._noise(t, self._ahead(*self._place(t, x)))
 
+    @on_any_mesh
     def backward_drift(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The drift for decreasing times, whose noise is L dW of a Brownian motion that runs backwards."""
         return self._reference_drift(t, x) - self._noise(t, self._behind(*self._place(t, x)))
 
+    @on_any_mesh
     def velocity(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The velocity of the ordinary equation with the same densities: the mean of drift and backward drift."""
         place = self._place(t, x)
         return self._reference_drift(t, x) + self._noise(t, self._ahead(*place) - self._behind(*place)) / 2
 
+    @on_any_mesh
     def score(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The gradient of the log density at time t."""
         place = self._place(t, x)
         return self._ahead(*place) + self._behind(*place)
 
+    @on_any_mesh
     def endpoint_mean(self, t: Any, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """The mean of X(t1) given X(t) = x."""
         x = self._state(x)
         return self.clock.state(self.potential.mean(*self.clock.at(t, x)))
 
+    @on_any_mesh
     def sample_endpoint(self, x0: Float[Array, " d"], *, key: PRNGKeyArray) -> Float[Array, " d"]:
         """Draw X(t1) given X(t0) = x0, exactly."""
         x0 = self._state(x0)
         return self.clock.state(self.potential.sample(self.clock.start(x0), key=key))
 
+    @on_any_mesh
     def sample_path(self, x0: Float[Array, " d"], ts: Float[Array, " n"], *, key: PRNGKeyArray) -> Float[Array, "n d"]:
         """Draw the states at times ``ts`` given X(t0) = x0, exactly: the end first, then the reference tied to it.
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._compat import is_concrete
+from .._mesh import on_any_mesh
 from .._results import RESULTS
 from ..equations import LinearSDE
 from ._bridge import Bridge
@@ -22,6 +23,7 @@ from ._clock import Clock, apply
 from ._mixture import MixturePotential
 
 
+@on_any_mesh
 def gaussian_sb(m0: Any, S0: Any, m1: Any, S1: Any, reference: LinearSDE, *, t0: Any = 0.0, t1: Any = 1.0) -> Bridge:
     """The Schrödinger bridge from N(m0, S0) at t0 to N(m1, S1) at t1.
 

@@ -15,8 +15,6 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree
 
-from .._mesh import plain
-
 
 def _describe(x: Any) -> str:
     return eqx.tree_pformat(x, short_arrays=True, struct_as_array=True, width=200).replace("\n", " ")
@@ -60,7 +58,7 @@ class DriftTerm(diffrax.AbstractTerm):
 
     def vf(self, t: Any, y: PyTree, args: Any) -> PyTree:
         """The drift, checked against the state."""
-        return plain(check_like(self.drift(t, y, args), y, "drift"))
+        return check_like(self.drift(t, y, args), y, "drift")
 
     def contr(self, t0: Any, t1: Any, **kwargs: Any) -> Any:
         """The length of the step."""
@@ -82,8 +80,8 @@ class DiffusionTerm(diffrax.AbstractTerm):
         out = self.diffusion(t, y, args)
         if isinstance(out, lx.AbstractLinearOperator):
             check_operator(out, y)
-            return plain(out)
-        return plain(check_like(out, y, "diffusion", _DIAGONAL))
+            return out
+        return check_like(out, y, "diffusion", _DIAGONAL)
 
     def contr(self, t0: Any, t1: Any, **kwargs: Any) -> Any:
         """The increment of the driving path."""

@@ -18,6 +18,7 @@ from .._mesh import on_any_mesh
 from ._blocks import block_rows, clouds, over_blocks, products, split
 
 
+@on_any_mesh
 def energy_distance(x: Any, y: Any, *, biased: bool = False) -> Float[Array, ""]:
     r"""The energy distance between two laws from samples, ``E|X - Y| - E|X - X'| / 2 - E|Y - Y'| / 2``.
 
@@ -45,6 +46,7 @@ def energy_distance(x: Any, y: Any, *, biased: bool = False) -> Float[Array, ""]
     return _between(*_enough(x, y, biased), None, biased)
 
 
+@on_any_mesh
 def mmd(x: Any, y: Any, *, bandwidths: Any = "median", biased: bool = False) -> Float[Array, ""]:
     r"""The squared maximum mean discrepancy, ``E k(X, X') + E k(Y, Y') - 2 E k(X, Y)``, of a sum of Gaussian kernels.
 
