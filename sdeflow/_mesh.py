@@ -10,23 +10,24 @@ what it is there, a program of one device.
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import eval_jaxpr
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from ._compat import typed_as_varying, varying_axes
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 _KIND = jax.sharding.AxisType
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
-def on_any_mesh(fn: Callable[_P, _T]) -> Callable[_P, _T]:
+def on_any_mesh(fn: _F) -> _F:
     """``fn``, of trees, on any mesh.
 
     What it returns is not split over explicit axes, except over those that a ``jax.vmap`` around it maps; within
@@ -36,9 +37,9 @@ def on_any_mesh(fn: Callable[_P, _T]) -> Callable[_P, _T]:
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         context = jax.sharding.get_abstract_mesh()
-        mesh = _mesh_of((args, kwargs)) if context.empty else context
+        mesh: Any = _mesh_of((args, kwargs)) if context.empty else context
         kinds = () if mesh is None else mesh.axis_types
-        if _KIND.Explicit not in kinds and _KIND.Manual not in kinds:
+        if mesh is None or (_KIND.Explicit not in kinds and _KIND.Manual not in kinds):
             return fn(*args, **kwargs)
         dynamic, static = eqx.partition(_opened((args, kwargs)), lambda x: isinstance(x, jax.Array | np.ndarray))
         rest: list[Any] = []
@@ -57,7 +58,7 @@ def on_any_mesh(fn: Callable[_P, _T]) -> Callable[_P, _T]:
                 out = jax.sharding.auto_axes(inner, axes=axes, out_sharding=jax.sharding.PartitionSpec())(dynamic)
         return eqx.combine(out, rest[-1])
 
-    return cast(Callable[_P, _T], wrapped)
+    return cast(_F, wrapped)
 
 
 class _Opened(eqx.Module):
@@ -137,7 +138,7 @@ def on_each_device(fn: Callable[[Any], Any], tree: Any) -> Any:
         x = jax.lax.pcast(x, missing, to="varying") if missing else x
         return retype_p.bind(x, axes=axes, mesh=mesh, typed=False)
 
-    values = jax.core.eval_jaxpr(program.jaxpr, [*map(untyped, program.consts)], *map(untyped, leaves))
+    values = eval_jaxpr(program.jaxpr, [*map(untyped, program.consts)], *map(untyped, leaves))
     if not context.empty:
         values = [retype_p.bind(x, axes=axes, mesh=mesh, typed=True) for x in values]
     return jtu.tree_unflatten(jtu.tree_structure(out), values)

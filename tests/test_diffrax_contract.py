@@ -202,3 +202,21 @@ def test_terms_are_compared_with_the_solver_by_a_function_that_names_what_does_n
     with pytest.raises(_compat.TermAndSolverIncompatible):
         _compat.assert_term_compatible(0.0, y, None, term, *how)
     _compat.assert_term_compatible(0.0, y, None, diffrax.MultiTerm(term, term), *how)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_type_of_a_value_says_over_which_axes_it_varies_and_can_be_changed(check_vma):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("i",))
+    axes = {"i"} if check_vma else set()
+
+    def seen(x):
+        assert _compat.varying_axes(x) == axes
+        assert _compat.varying_axes(jnp.zeros(2)) == set()
+        bare = _compat.typed_as_varying(jax.typeof(x), (), jax.sharding.AbstractMesh((), ()))
+        assert bare.sharding.mesh.empty
+        again = _compat.typed_as_varying(bare, tuple(axes), jax.sharding.get_abstract_mesh())
+        assert again == jax.typeof(x)
+        return x
+
+    spec = jax.sharding.PartitionSpec("i")
+    jax.jit(jax.shard_map(seen, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma))(jnp.ones(2))

@@ -133,7 +133,7 @@ def _transpose(
     # JAX may hand over a small constant as a number of Python.
     inputs = [jnp.asarray(x) for x in args[sum(wanted) :]]
     inputs = [_once(x, advice) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in inputs]
-    pull = lambda both: _pull(rule, *both, wanted, levels)
+    pull = lambda both: _pull(rule, both[0], both[1], wanted, levels)
     out = on_each_device(pull, (inputs, [ad.instantiate_zeros(ct) for ct in cts]))
     return [*out, *(None for _ in inputs)]
 

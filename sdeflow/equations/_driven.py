@@ -163,12 +163,16 @@ def of_functions(coefficients: Coefficients, start: Array, h: Array, pieces: int
 def driven_step(equation: Any, start: Array, h: Array, pieces: int | None) -> DrivenStep:
     """The step of a `LinearSDE` from ``start`` over ``h``, which may be negative; in the precision of ``h``."""
     read: Callable[[Any], Any] = equation.diagonals if equation.is_diagonal else equation.coefficients
-    coefficients = lambda t: tuple(jnp.asarray(x, h.dtype) for x in read(t))
+
+    def coefficients(t: Any) -> tuple[Array, Array, Array]:
+        A, b, L = (jnp.asarray(x, h.dtype) for x in read(t))
+        return A, b, L
+
     if not equation.is_constant:
         return of_functions(coefficients, start, h, equation.pieces if pieces is None else pieces)
-    step = of_scalars if equation.is_diagonal else of_matrices
+    step, (A, b, L) = of_scalars if equation.is_diagonal else of_matrices, coefficients(start)
     with jax.default_matmul_precision("highest"):
-        return step(*coefficients(start), h)
+        return step(A, b, L, h)
 
 
 @jax.custom_jvp

@@ -76,12 +76,12 @@ def is_solved_exactly(equation: Any, path: Any, adjoint: Any, regularisers: Any)
     return equation.is_diagonal and getattr(path, "levy_area", None) is diffrax.SpaceTimeTimeLevyArea
 
 
-def resolve_pieces(solver: Any, equation: Any, grid: Grid) -> Any:
+def resolve_pieces(solver: Exact, equation: Any, grid: Grid) -> Exact:
     """Give `sdeflow.solvers.Exact`, where it has no pieces of its own, those of the equation for the whole time.
 
     What `LinearSDE.transition` resolves from end to end, steps then resolve too, at the same cost.
     """
-    if type(solver) is not Exact or solver.pieces is not None or not isinstance(equation, LinearSDE):
+    if solver.pieces is not None or not isinstance(equation, LinearSDE):
         return solver
     if equation.is_constant or not grid.is_concrete or grid.num_rows == 0:
         return solver
@@ -152,7 +152,7 @@ def check_stiff(equation: Any, solver: diffrax.AbstractSolver, grid: Grid) -> No
         )
 
 
-def _check_unstable(rates: np.ndarray, solver: diffrax.AbstractSolver, longest: float) -> None:
+def _check_unstable(rates: Any, solver: diffrax.AbstractSolver, longest: float) -> None:
     z = rates[(rates.real < 0) & (np.abs(rates) * longest > 1)] * longest
     growth = np.abs(_growth(solver, z))
     if (growth > 1).any():
@@ -164,7 +164,7 @@ def _check_unstable(rates: np.ndarray, solver: diffrax.AbstractSolver, longest: 
         )
 
 
-def _growth(solver: diffrax.AbstractSolver, z: np.ndarray) -> np.ndarray:
+def _growth(solver: diffrax.AbstractSolver, z: Any) -> Any:
     """What a step of an explicit method makes of y' = y z, y = 1, where it is known; else 0."""
     tableau = getattr(solver, "tableau", None)
     if type(solver) in (diffrax.Euler, diffrax.EulerHeun, diffrax.ItoMilstein, diffrax.StratonovichMilstein):

@@ -185,8 +185,10 @@ def solve(
     if solver is None:
         if raw:
             raise ValueError("Raw diffrax terms need a solver: pass solver=.")
-        law = Exact(), "the law of a linear equation over a step of any length"
-        solver, why = law if exact else choose_solver(equation, not adaptive)  # pyright: ignore
+        if exact:
+            solver, why = Exact(), "the law of a linear equation over a step of any length"
+        else:
+            solver, why = choose_solver(equation, not adaptive)  # pyright: ignore
         choices.append(("solver", f"{type(solver).__name__}, {why}"))
     else:
         if not isinstance(solver, diffrax.AbstractSolver):
@@ -215,7 +217,8 @@ def solve(
             # A path within the terms has a grid of its own, which need not be that of the steps.
             steps = steps._replace(own_grid=False)
         check_stiff(equation, solver, steps.grid)
-        solver = resolve_pieces(solver, equation, steps.grid)
+        if isinstance(solver, Exact):
+            solver = resolve_pieces(solver, equation, steps.grid)
         choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
     if isinstance(path, FractionalBrownian):
         check_rough(equation)
@@ -248,7 +251,7 @@ def solve(
         check_backwards(solver)
     traced = not is_concrete(ts) if steps is None else steps.traced
 
-    sol = on_any_mesh(_run)(
+    sol = _run(
         equation, y0, jnp.asarray(ts, dtype), args, key, dt0 if adaptive else None, steps, storage, solver, path,
         stepsize_controller, adjoint, tuple(regularisers), save_fn, event, max_steps, traced, forwards_only,
         tuple(choices),
@@ -272,6 +275,7 @@ def _in_coordinates(chart: Chart, ts: Any, *, save_fn: Any, event: Any, **option
     return eqx.tree_at(lambda s: (s.final, s.stats), sol, (chart.final(sol.final), stats))
 
 
+@on_any_mesh
 @eqx.filter_jit
 def _run(
     equation: Any,
