@@ -95,11 +95,11 @@ def _states(
     """The start, and where each draw of noise leads."""
     # The denoiser is evaluated where a step has led, so the next row says when that is.
     at = [times[:1], table.t] if table.start is not None else [table.t]
-    last = Points.at(schedule, times[-1:])
+    last = Points.along(schedule, times)[-1:]
     here = Points.at(schedule, jnp.concatenate([jnp.asarray(t) for t in at]) if not isinstance(times, np.ndarray)
                      else np.concatenate(at))  # fmt: skip
     # In y = x / alpha noise has the variance rho^2, rho = sigma / alpha.
-    variance = jnp.asarray(jnp.exp(-2 * here.l) - jnp.exp(-2 * last.l), x.dtype)
+    variance = jnp.asarray(jnp.exp(-2 * here.l) - jnp.where(last.clean, 0, jnp.exp(-2 * last.l)), x.dtype)
     widen = lambda a: jnp.asarray(a, x.dtype).reshape(-1, *[1] * x.ndim)
     eps = jr.normal(key, (len(here), *x.shape), x.dtype)
     if independent:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .._compat import is_concrete, warn
-from .._results import RESULTS, SolveError, message_of
+from .._results import RESULTS, SolveError
 from ..adjoints import DiscreteAdjoint, ReversibleAdjoint
 from ..solving._choose import choose_adjoint
 from ..walking import checkpointed_scan
@@ -30,6 +30,17 @@ from ._times import noiseless
 from ._undo import follow_to_undo
 
 State = Array | tuple[Array, Array]
+# How far the last iteration may still move a state, relative to its size.
+_DEFECT = 1e-3
+_NOT_FINITE = (
+    "the sampler did not stay finite: the network returned infinite numbers or NaN, or its predictions drove the state "
+    "there. Check what it returns for x_T at t_start, whether prediction= and the schedule are those that it was "
+    "trained with, and its weights; take more steps if it is right."
+)
+_NOT_UNDONE = (
+    "the steps of the sampler were not undone: the iterations of fixed_point= still moved the state by more than a "
+    "thousandth of its size. Raise fixed_point=, or take shorter steps with num_steps= or a larger t_end=."
+)
 
 
 def sample(
@@ -163,7 +174,7 @@ def invert(
     _refuse_noise(solver)
     schedule = denoiser.schedule
     times = solver.times(schedule, num_steps, grid, t_end, t_start)
-    check_noisy(schedule, times)
+    times = check_noisy(schedule, times)
     if isinstance(solver, BDIA):
         lost = lost_digits(solver.gamma, times.shape[0] - 1, x.dtype)
         if lost > 1e-3:
@@ -179,8 +190,11 @@ def invert(
             raise ValueError(f"fixed_point must be a positive number of iterations, got {fixed_point!r}.")
         if not isinstance(solver, Multistep) or solver.order > 1 or solver.corrector:
             raise ValueError("fixed_point undoes the steps of order 1 alone: use it with DDIM().")
-        table = table_of(solver, schedule, times, grid, num_steps)
-        out = _undo(denoiser, table, x, args, policy(adjoint, table, x), fixed_point)
+        # In this form an iteration changes by what the noise changes, not by 1 / sigma of it.
+        table = table_of(Multistep(1, "noise"), schedule, times, grid, num_steps)
+        out, undone = _undo(denoiser, table, x, args, policy(adjoint, table, x), fixed_point)
+        if is_concrete(undone) and not bool(undone):
+            raise SolveError(RESULTS.nonlinear_max_steps_reached, _NOT_UNDONE)  # pyright: ignore[reportArgumentType]
         check_finite(out)
         return out
     if isinstance(solver, Singlestep) and solver.fast:
@@ -189,16 +203,19 @@ def invert(
     return _followed(denoiser, table, x, base, args, None, adjoint, False)
 
 
-def check_noisy(schedule: Any, times: Any) -> None:
-    """Refuse to go back from where there is no noise.
+def check_noisy(schedule: Any, times: Any) -> Any:
+    """Refuse to go back from where there is no noise: the times, which are NaN where traced ones end there.
 
     Raises:
         ValueError: if the last of the times is known to be such.
     """
-    if isinstance(times, np.ndarray) and noiseless(schedule, times[-1]):
+    if not isinstance(times, np.ndarray):
+        return times * jnp.where(jnp.isfinite(schedule.log_snr(jax.lax.stop_gradient(times[-1]))), 1, jnp.nan)
+    if noiseless(schedule, times[-1]):
         raise ValueError(
             f"there is no noise at t={times[-1]:g}, so nothing leads back from there: pass a larger t_end=."
         )
+    return times
 
 
 def _moves(denoiser: Any, table: Table, times: Any, solver: Any, corrector: Any, constraint: Any) -> Moves | None:
@@ -351,7 +368,7 @@ def check_finite(x: Array) -> None:
     """Raise outside of a trace, if there is something to raise."""
     if is_concrete(x) and not bool(jnp.isfinite(x).all()):
         result: Any = RESULTS.nonfinite
-        raise SolveError(result, f"the sampler did not stay finite. {message_of(result)}")
+        raise SolveError(result, _NOT_FINITE)
 
 
 @eqx.filter_jit
@@ -381,17 +398,32 @@ def run(
 
 
 @eqx.filter_jit
-def _undo(denoiser: Any, table: Table, x: Array, args: Any, checkpoints: Any, iterations: int) -> Array:
-    """Undo steps of order 1, the last first: x = (x' - out m(x)) / keep, by iteration."""
+def _undo(
+    denoiser: Any, table: Table, x: Array, args: Any, checkpoints: Any, iterations: int
+) -> tuple[Array, Array]:
+    """Undo steps of order 1, the last first: x = (x' - out m(x)) / keep, by iteration, and whether that converged.
+
+    An iteration starts with the noise that undid the step before.
+    """
     mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
     rows = jax.tree.map(lambda a: a[::-1], table.cast(x.dtype))
+    tolerance = max(_DEFECT, 16 * float(jnp.finfo(x.dtype).eps))
 
-    def undone(after: Array, row: Table) -> tuple[Array, None]:
-        def improve(before: Array, _: None) -> tuple[Array, None]:
-            out = read(row, denoiser, row.t, before, args)
-            return (after - row.out[0] * out) / row.keep, None
+    def undone(carry: tuple[Array, Array, Array], row: Table) -> tuple[tuple[Array, Array, Array], None]:
+        after, noise, okay = carry
+        before = lambda noise: (after - row.out[0] * noise) / row.keep
 
-        return jax.lax.scan(improve, after, None, iterations)
+        def improve(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+            _, noise = carry
+            return (noise, read(row, denoiser, row.t, before(noise), args)), None
 
-    x, _ = checkpointed_scan(undone, x - mean, rows, table.num_rows, checkpoints)
-    return x + mean
+        (last, noise), _ = jax.lax.scan(improve, (noise, noise), None, iterations)
+        new = before(noise)
+        moved = jax.lax.stop_gradient(jnp.abs(new - before(last)).max() / jnp.abs(new).max())
+        return (new, noise, okay & (moved <= tolerance)), None
+
+    x = x - mean
+    noise = read(table, denoiser, rows.t[0], x, args)
+    (x, _, okay), _ = checkpointed_scan(undone, (x, noise, jnp.asarray(True)), rows, table.num_rows, checkpoints)
+    # Not a number rather than a wrong one, derivatives too.
+    return x * jnp.where(okay, 1, jnp.nan) + mean, okay
