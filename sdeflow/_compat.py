@@ -10,6 +10,7 @@ from typing import Any
 
 import diffrax
 import equinox.internal as eqxi
+import jax
 import jax.tree_util as jtu
 import numpy as np
 from diffrax._integrate import SaveState as SaveState
@@ -65,6 +66,19 @@ def unwrap(terms: Any) -> tuple[Any, Any]:
 def is_concrete(*arrays: Any) -> bool:
     """Whether every array has a value that can be read now, on the host."""
     return not any(isinstance(x, Tracer) for x in arrays)
+
+
+def varies_over(x: Any) -> frozenset[str]:
+    """The axes of a mesh, within ``jax.shard_map``, that an array is known to vary over."""
+    kind = jax.typeof(x)
+    # Later releases keep the axes in a record of their own.
+    return frozenset(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
+
+
+def vary(x: Any, axes: frozenset[str]) -> Any:
+    """The array, varying over these axes as well."""
+    missing = tuple(axes - varies_over(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def enumeration_of(item: Any) -> type:

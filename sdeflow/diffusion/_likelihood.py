@@ -26,7 +26,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from .._compat import is_concrete
+from .._compat import is_concrete, varies_over, vary
 from ..equations import AbstractEquation
 from ..grids import Grid
 from ..grids._build import check_count
@@ -178,6 +178,8 @@ def _with_divergence(denoiser: Any, t: Any, x: Array, args: Any, probes: Array |
     (data, noise), push = jax.linearize(lambda x: denoiser.parts(t, x, args), x)
     exact = probes is None
     vectors = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape) if exact else probes
+    # Within jax.shard_map a tangent has to vary as the state does.
+    vectors = vary(vectors, varies_over(x))
     total = jax.vmap(lambda v: (v * push(v)[1]).sum())(vectors).sum()
     return data, noise, total if exact else total / len(vectors)
 

@@ -424,6 +424,7 @@ def _undo(
 
     x = x - mean
     noise = read(table, denoiser, rows.t[0], x, args)
-    (x, _, okay), _ = checkpointed_scan(undone, (x, noise, jnp.asarray(True)), rows, table.num_rows, checkpoints)
+    start = (x, noise, jnp.isfinite(x).all())
+    (x, _, okay), _ = checkpointed_scan(undone, start, rows, table.num_rows, checkpoints)
     # Not a number rather than a wrong one, derivatives too.
     return x * jnp.where(okay, 1, jnp.nan) + mean, okay

@@ -195,7 +195,8 @@ def follow(
         x = factor * x + size * first
     holds = table.back is not None or table.fresh is not None
     base = (x if base is None else base) if holds else None
-    outputs = jnp.zeros((table.width, *x.shape), x.dtype)
+    # Anything finite that lies where the state lies: weights of outputs that are not there yet are 0.
+    outputs = jnp.broadcast_to(x, (table.width, *x.shape))
     rows = (table.t, table.keep, table.out, table.noise, table.fix, table.back, table.fresh, table.offset,
             table.fix_offset, table.read_x, table.read_noise, normals, moves.rows if moves else None)  # fmt: skip
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._compat import varies_over, vary
 from ._row import Carry, FallibleStep, Rows, first_carry, step_row
 
 Checkpoints = Literal["step", "sqrt"] | int | None
@@ -25,6 +26,7 @@ def checkpointed_scan(f: Callable, carry: Any, xs: Any, length: int, checkpoints
         checkpoints: None stores what every step needs; "step" stores the carry before every step; "sqrt" or a number
             stores the carry before every segment, with about sqrt(length) or that many segments.
     """
+    carry = _as_after(f, carry, xs)
     if checkpoints is None:
         return jax.lax.scan(f, carry, xs, length)
     step = jax.checkpoint(f, prevent_cse=False)
@@ -48,6 +50,23 @@ def checkpointed_scan(f: Callable, carry: Any, xs: Any, length: int, checkpoints
         carry, last = jax.checkpoint(lambda c, x: segment(c, x, rest))(carry, tail)
         out = jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), out, last)
     return carry, out
+
+
+def _as_after(f: Callable, carry: Any, xs: Any) -> Any:
+    """Within ``jax.shard_map``: the carry, varying over the axes of the mesh that it varies over after a step."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return carry
+    while True:
+        after: list[Any] = []
+
+        def step(carry: Any, row: Any, after: list[Any] = after) -> None:
+            after[:] = map(varies_over, jtu.tree_leaves(f(carry, row)[0]))
+
+        jax.eval_shape(step, carry, jtu.tree_map(lambda x: x[0], xs))
+        leaves, treedef = jtu.tree_flatten(carry)
+        if not any(axes - varies_over(x) for x, axes in zip(leaves, after)):
+            return carry
+        carry = treedef.unflatten([vary(x, axes) for x, axes in zip(leaves, after)])
 
 
 def walk(
