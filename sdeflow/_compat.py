@@ -68,6 +68,15 @@ def is_concrete(*arrays: Any) -> bool:
     return not any(isinstance(x, Tracer) for x in arrays)
 
 
+def under_vmap(x: Any) -> bool:
+    """Whether an array is known to be one of many that ``jax.vmap`` works on at once; a ``jax.jit`` within hides it."""
+    while isinstance(x, Tracer):
+        if type(x).__name__ == "BatchTracer":
+            return True
+        x = getattr(x, "primal", None)
+    return False
+
+
 def varies_over(x: Any) -> frozenset[str]:
     """The axes of a mesh, within ``jax.shard_map``, that an array is known to vary over."""
     kind = jax.typeof(x)

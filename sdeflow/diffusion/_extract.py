@@ -21,6 +21,7 @@ from ._denoiser import AbstractDenoiser
 from ._multistep import AbstractSampler
 from ._sample import check_adjoint, check_finite, policy, run, start_of, table_of
 from ._table import Points, Table
+from ._whole import check_one_sample
 
 
 def extract_noise(
@@ -79,6 +80,7 @@ def extract_noise(
     schedule = denoiser.schedule
     times = solver.times(schedule, num_steps, grid, t_end, t_start)
     table = table_of(solver, schedule, times, grid, num_steps)
+    check_one_sample(x, denoiser)
     if not table.draws:
         raise ValueError(f"{type(solver).__name__} adds no noise with these options, so there is none to extract.")
     if not independent and table.start is not None:

@@ -39,6 +39,7 @@ from ._schedule import AbstractSchedule, check_mean, number
 from ._schedules import MeanReverting
 from ._times import knots
 from ._v3 import DPMSolverV3
+from ._whole import check_one_sample
 
 
 def log_prob(
@@ -106,6 +107,7 @@ def log_prob(
         raise TypeError("x must be an array of a real floating dtype.")
     x = jnp.asarray(x)
     check_mean(denoiser.schedule, x.shape)
+    check_one_sample(x, denoiser)
     if is_concrete(tolerance) and number(tolerance, "tolerance") <= 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}.")
     schedule, probes = denoiser.schedule, None

@@ -28,6 +28,7 @@ from ._singlestep import Singlestep
 from ._table import Table, Walked, follow, read
 from ._times import noiseless
 from ._undo import follow_to_undo
+from ._whole import check_one_sample
 
 State = Array | tuple[Array, Array]
 # How far the last iteration may still move a state, relative to its size.
@@ -62,7 +63,8 @@ def sample(
 ) -> Any:
     """Draw a sample: from noise ``x_T`` at ``t_start`` to data at ``t_end``.
 
-    One sample per call; use ``jax.vmap`` for batches (a batch in ``x_T`` with a batch-wise denoiser works, too).
+    One sample per call; use ``jax.vmap`` for batches. A batch in ``x_T`` with a batch-wise denoiser works, too; what
+    looks at a whole sample then asks for ``sample_ndim``: `Thresholded`, `DPS` and `Langevin` with norms of the sample.
     Multistep samplers evaluate the denoiser once a step.
 
     Arguments:
@@ -106,6 +108,7 @@ def sample(
     x, base = start_of(denoiser, x_T, solver, return_state)
     check_adjoint(adjoint, solver)
     times, table = once(_planned, solver, denoiser.schedule, num_steps, grid, t_end, t_start)
+    check_one_sample(x, denoiser, corrector, constraint)
     moves = _moves(denoiser, table, times, solver, corrector, constraint)
     if noise is not None:
         noise = _check_noise(noise, table, x, solver)
@@ -175,6 +178,7 @@ def invert(
     schedule = denoiser.schedule
     times = solver.times(schedule, num_steps, grid, t_end, t_start)
     times = check_noisy(schedule, times)
+    check_one_sample(x, denoiser)
     if isinstance(solver, BDIA):
         lost = lost_digits(solver.gamma, times.shape[0] - 1, x.dtype)
         if lost > 1e-3:
