@@ -58,6 +58,7 @@ def log_prob(
     log_prior: Callable[[Array], Array] | None = None,
     tolerance: float = 1e-5,
     adjoint: diffrax.AbstractAdjoint | None = None,
+    unroll: int | bool = 1,
 ) -> Array:
     """The log-density of one sample at ``t_end``, in nats; use ``jax.vmap`` for batches.
 
@@ -83,6 +84,7 @@ def log_prob(
             for a start at the schedule's ``t_max`` alone.
         tolerance: relative and absolute, of an adaptive solve.
         adjoint: that of `sample`, or for a diffrax solver that of `sdeflow.solve`.
+        unroll: that of `sample`, for a sampler.
 
     Returns:
         A scalar.
@@ -123,8 +125,10 @@ def log_prob(
             raise ValueError(f"{type(solver).__name__} takes a fixed number of steps: pass num_steps= or a Grid.")
         times = solver.times(schedule, num_steps, grid, t_end, t_start)
         _check_start(schedule, times, log_prior)
-        noise, count = _by_table(denoiser, x, probes, args, solver, times, num_steps, grid, t_start, t_end, adjoint)
+        noise, count = _by_table(denoiser, x, probes, args, solver, times, num_steps, grid, t_start, t_end, adjoint, unroll)
     else:
+        if unroll is True or unroll > 1:
+            raise ValueError("unroll= is for samplers: pass solver=, e.g. UniPC(3), and num_steps=.")
         times = knots(schedule, 1 if adaptive else num_steps, grid, t_end, t_start)
         check_noisy(schedule, times)
         _check_start(schedule, times, log_prior)
@@ -224,10 +228,12 @@ def _by_table(
     t_start: Any,
     t_end: Any,
     adjoint: Any,
+    unroll: Any,
 ) -> tuple[Array, Array]:
     mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
     state = jnp.append((x - mean).ravel(), 0)
     options = {"num_steps": num_steps, "grid": grid, "t_start": t_start, "t_end": t_end, "adjoint": adjoint}
+    options["unroll"] = unroll
     counting = _Counting(denoiser, probes, x.shape)  # pyright: ignore[reportCallIssue]
     end = invert(counting, state, args=args, solver=solver, **options)
     alpha = jnp.asarray(denoiser.schedule.alpha(times[0]), x.dtype)

@@ -190,6 +190,11 @@ class Cosine(_Preserving):
     def _turned(self, t: Any) -> Any:
         return math.pi / 2 / (1 + self.offset) * t
 
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether there is pure noise at ``t_max``."""
+        return self.t_max >= 1
+
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""
         xp, t = module_of(t)
@@ -319,6 +324,11 @@ class Flow(AbstractSchedule):
         if self.t_max > 1:
             raise ValueError(f"Flow ends at t = 1, where there is no signal left, got t_max={self.t_max}.")
 
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether there is pure noise at ``t_max``."""
+        return self.t_max >= 1
+
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""
         xp, t = module_of(t)
@@ -392,6 +402,11 @@ class Tabulated(_Preserving):
             log_alpha = np.append(log_alpha, min(_LOG_FLOOR, log_alpha[-1] - math.log(2)))
         return np.arange(count + 1) / count, log_alpha
 
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether there is pure noise at ``t_max``."""
+        return self.betas[-1] == 1 and self.t_max >= 1
+
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""
         return _interpolated(t, *self._knots())
@@ -458,6 +473,11 @@ class MeanReverting(AbstractSchedule):
     def t_max(self) -> float:
         """Where samplers start."""
         return self.schedule.t_max
+
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether there is pure noise at ``t_max``."""
+        return self.schedule.ends_without_signal
 
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""

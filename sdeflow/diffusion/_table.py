@@ -166,6 +166,7 @@ def follow(
     given: Array | None = None,
     through: Array | None = None,
     moves: Any = None,
+    unroll: int | bool = 1,
 ) -> Walked:
     """Follow the rows of a table.
 
@@ -176,6 +177,7 @@ def follow(
         given: shape (num_draws, *state), noise to take instead.
         through: of the same shape, states that noise is to lead through, which is then returned.
         moves: what else moves the state, between steps; only where each step is one row.
+        unroll: how many rows are written out in the body of the loop; True for all.
     """
     table = table.cast(x.dtype)
     if moves is not None:
@@ -226,7 +228,7 @@ def follow(
             new = moves.after(move, new, args, (t, x))
         return (new, begun if holds else None, outputs), normal if through is not None else None
 
-    (x, base, _), led = checkpointed_scan(body, (x, base, outputs), rows, table.num_rows, checkpoints)
+    (x, base, _), led = checkpointed_scan(body, (x, base, outputs), rows, table.num_rows, checkpoints, unroll)
     if found is not None:
         led = jnp.concatenate([found[None], led])
     return Walked(x, base, led)

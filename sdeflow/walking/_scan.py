@@ -19,19 +19,23 @@ from ._row import Carry, FallibleStep, Rows, first_carry, step_row
 Checkpoints = Literal["step", "sqrt"] | int | None
 
 
-def checkpointed_scan(f: Callable, carry: Any, xs: Any, length: int, checkpoints: Checkpoints) -> tuple[Any, Any]:
+def checkpointed_scan(
+    f: Callable, carry: Any, xs: Any, length: int, checkpoints: Checkpoints, unroll: int | bool = 1
+) -> tuple[Any, Any]:
     """``lax.scan(f, carry, xs)`` under a checkpointing policy.
 
     Arguments:
         checkpoints: None stores what every step needs; "step" stores the carry before every step; "sqrt" or a number
             stores the carry before every segment, with about sqrt(length) or that many segments.
+        unroll: that of ``jax.lax.scan``.
     """
     carry = _as_after(f, carry, xs)
     if checkpoints is None:
-        return jax.lax.scan(f, carry, xs, length)
-    step = jax.checkpoint(f, prevent_cse=False)
+        return jax.lax.scan(f, carry, xs, length, unroll=unroll)
+    # Where no loop is left, nothing else keeps the compiler from undoing the recomputation.
+    step = jax.checkpoint(f, prevent_cse=unroll is True)
     if checkpoints == "step":
-        return jax.lax.scan(step, carry, xs, length)
+        return jax.lax.scan(step, carry, xs, length, unroll=unroll)
     segments = math.isqrt(length - 1) + 1 if checkpoints == "sqrt" else min(int(checkpoints), length)
     size = -(-length // segments)
     whole = length // size
@@ -40,9 +44,11 @@ def checkpointed_scan(f: Callable, carry: Any, xs: Any, length: int, checkpoints
     tail = jtu.tree_map(lambda x: x[whole * size :], xs)
 
     def segment(carry: Any, xs: Any, size: int = size) -> tuple[Any, Any]:
-        return jax.lax.scan(step, carry, xs, size)
+        return jax.lax.scan(step, carry, xs, size, unroll=unroll)
 
-    carry, out = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), carry, head, whole)
+    carry, out = jax.lax.scan(
+        jax.checkpoint(segment, prevent_cse=unroll is True), carry, head, whole, unroll=unroll is True
+    )
     out = jtu.tree_map(lambda x: x.reshape(whole * size, *x.shape[2:]), out)
     rest = length - whole * size
     if rest:
