@@ -204,7 +204,7 @@ def invert(
             raise ValueError("fixed_point undoes the steps of order 1 alone: use it with DDIM().")
         # In this form an iteration changes by what the noise changes, not by 1 / sigma of it.
         table = table_of(Multistep(1, "noise"), schedule, times, grid, num_steps)
-        out, undone = _undo(denoiser, table, x, args, policy(adjoint, table, x), fixed_point, unroll)
+        out, undone = _undo(denoiser, table, x, args, policy(adjoint, table, x), fixed_point, _written_out(unroll, table))
         if is_concrete(undone) and not bool(undone):
             raise SolveError(RESULTS.nonlinear_max_steps_reached, _NOT_UNDONE)  # pyright: ignore[reportArgumentType]
         check_finite(out)
@@ -325,6 +325,11 @@ def check_unroll(unroll: Any, adjoint: Any) -> None:
         raise ValueError("ReversibleAdjoint undoes steps in a loop: unroll= goes with DiscreteAdjoint().")
 
 
+def _written_out(unroll: int | bool, table: Table) -> int:
+    # A number, as True and 1 are the same key of what was compiled before.
+    return table.num_rows if unroll is True else max(int(unroll), 1)
+
+
 def _check_signal(denoiser: Any, times: Any) -> None:
     """Refuse to ask for the data in pure noise what predicts the noise alone.
 
@@ -405,7 +410,7 @@ def _followed(
             f"the statistics are for states of shape {made_for}, but the state has shape {x.shape}: use jax.vmap for "
             "a batch."
         )
-    options = {"given": noise, "moves": moves, "unroll": unroll}
+    options = {"given": noise, "moves": moves, "unroll": _written_out(unroll, table)}
     out = run(denoiser, table, x, base, args, key, policy(adjoint, table, x), **options)
     check_finite(out.x)
     return (out.x, out.base) if pair else out.x
@@ -431,7 +436,7 @@ def run(
     given: Any = None,
     through: Any = None,
     moves: Any = None,
-    unroll: int | bool = 1,
+    unroll: int = 1,
 ) -> Walked:
     """`follow` for states as they are, compiled."""
     mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
@@ -447,7 +452,7 @@ def run(
 
 @eqx.filter_jit
 def _undo(
-    denoiser: Any, table: Table, x: Array, args: Any, checkpoints: Any, iterations: int, unroll: int | bool
+    denoiser: Any, table: Table, x: Array, args: Any, checkpoints: Any, iterations: int, unroll: int
 ) -> tuple[Array, Array]:
     """Undo steps of order 1, the last first: x = (x' - out m(x)) / keep, by iteration, and whether that converged.
 
@@ -465,7 +470,7 @@ def _undo(
             _, noise = carry
             return (noise, read(row, denoiser, row.t, before(noise), args)), None
 
-        (last, noise), _ = jax.lax.scan(improve, (noise, noise), None, iterations, unroll=unroll is True)
+        (last, noise), _ = jax.lax.scan(improve, (noise, noise), None, iterations, unroll=iterations if unroll > 1 else 1)
         new = before(noise)
         moved = jax.lax.stop_gradient(jnp.abs(new - before(last)).max() / jnp.abs(new).max())
         return (new, noise, okay & (moved <= tolerance)), None

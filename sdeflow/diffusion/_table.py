@@ -166,7 +166,7 @@ def follow(
     given: Array | None = None,
     through: Array | None = None,
     moves: Any = None,
-    unroll: int | bool = 1,
+    unroll: int = 1,
 ) -> Walked:
     """Follow the rows of a table.
 
@@ -177,7 +177,7 @@ def follow(
         given: shape (num_draws, *state), noise to take instead.
         through: of the same shape, states that noise is to lead through, which is then returned.
         moves: what else moves the state, between steps; only where each step is one row.
-        unroll: how many rows are written out in the body of the loop; True for all.
+        unroll: how many rows are written out in the body of the loop.
     """
     table = table.cast(x.dtype)
     if moves is not None:

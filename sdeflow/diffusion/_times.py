@@ -144,9 +144,8 @@ def _given(schedule: AbstractSchedule, num_steps: int | None, grid: Grid, t_end:
         raise ValueError("sample takes a Grid without padding: make one by sf.grids.")
     if not is_concrete(grid.left, grid.right, grid.live):
         times = jnp.append(grid.left[:1], grid.right)
-        # What would be an error outside of a trace is NaN within.
-        right = jnp.all(grid.live) & jnp.all(times[1:] < times[:-1])
-        right &= (times[0] <= schedule.t_max * (1 + 1e-6)) & (times[-1] >= 0)
+        # What would be an error outside of a trace is NaN within; a first time that is learned may pass t_max a little.
+        right = jnp.all(grid.live) & jnp.all(times[1:] < times[:-1]) & (times[-1] >= 0)
         return times * jnp.where(right, 1, jnp.nan)
     times = np.append(np.asarray(grid.left[:1], np.float64), np.asarray(grid.right, np.float64))
     if not (np.diff(times) < 0).all():

@@ -20,22 +20,23 @@ Checkpoints = Literal["step", "sqrt"] | int | None
 
 
 def checkpointed_scan(
-    f: Callable, carry: Any, xs: Any, length: int, checkpoints: Checkpoints, unroll: int | bool = 1
+    f: Callable, carry: Any, xs: Any, length: int, checkpoints: Checkpoints, unroll: int = 1
 ) -> tuple[Any, Any]:
     """``lax.scan(f, carry, xs)`` under a checkpointing policy.
 
     Arguments:
         checkpoints: None stores what every step needs; "step" stores the carry before every step; "sqrt" or a number
             stores the carry before every segment, with about sqrt(length) or that many segments.
-        unroll: that of ``jax.lax.scan``.
+        unroll: how many steps are written out in the body of the loop.
     """
     carry = _as_after(f, carry, xs)
+    whole_way = unroll >= length
     if checkpoints is None:
-        return jax.lax.scan(f, carry, xs, length, unroll=unroll)
+        return jax.lax.scan(f, carry, xs, length, unroll=min(unroll, length))
     # Where no loop is left, nothing else keeps the compiler from undoing the recomputation.
-    step = jax.checkpoint(f, prevent_cse=unroll is True)
+    step = jax.checkpoint(f, prevent_cse=whole_way)
     if checkpoints == "step":
-        return jax.lax.scan(step, carry, xs, length, unroll=unroll)
+        return jax.lax.scan(step, carry, xs, length, unroll=min(unroll, length))
     segments = math.isqrt(length - 1) + 1 if checkpoints == "sqrt" else min(int(checkpoints), length)
     size = -(-length // segments)
     whole = length // size
@@ -44,10 +45,10 @@ def checkpointed_scan(
     tail = jtu.tree_map(lambda x: x[whole * size :], xs)
 
     def segment(carry: Any, xs: Any, size: int = size) -> tuple[Any, Any]:
-        return jax.lax.scan(step, carry, xs, size, unroll=unroll)
+        return jax.lax.scan(step, carry, xs, size, unroll=min(unroll, size))
 
     carry, out = jax.lax.scan(
-        jax.checkpoint(segment, prevent_cse=unroll is True), carry, head, whole, unroll=unroll is True
+        jax.checkpoint(segment, prevent_cse=whole_way), carry, head, whole, unroll=whole if whole_way else 1
     )
     out = jtu.tree_map(lambda x: x.reshape(whole * size, *x.shape[2:]), out)
     rest = length - whole * size
