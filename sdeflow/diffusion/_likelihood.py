@@ -125,7 +125,9 @@ def log_prob(
             raise ValueError(f"{type(solver).__name__} takes a fixed number of steps: pass num_steps= or a Grid.")
         times = solver.times(schedule, num_steps, grid, t_end, t_start)
         _check_start(schedule, times, log_prior)
-        noise, count = _by_table(denoiser, x, probes, args, solver, times, num_steps, grid, t_start, t_end, adjoint, unroll)
+        noise, count = _by_table(
+            denoiser, x, probes, args, solver, times, num_steps, grid, t_start, t_end, adjoint, unroll
+        )
     else:
         if unroll is True or unroll > 1:
             raise ValueError("unroll= is for samplers: pass solver=, e.g. UniPC(3), and num_steps=.")

@@ -76,11 +76,12 @@ def sample(
         solver: a sampler, e.g. ``UniPC(3)``.
         num_steps: how many steps.
         grid: "logsnr", "t", "quadratic" or "edm", what has equal steps; or a `sdeflow.grids.Grid` of decreasing times.
-            Its times may be traced, and the sample differentiated in them.
+            Its times may be traced, and the sample differentiated in them (an end without noise counts as fixed);
+            traced times that do not decrease, or are padded, give NaN.
         t_start: where to start, by default the schedule's ``t_max``; later with a state that is known there, as from
             `GaussianDenoiser` or `extract_noise`.
         t_end: where to end, by default the schedule's ``t_min``. Where the noise vanishes, as at 0, one last step of
-            order 1 leads there.
+            order 1 leads there: on "logsnr" and "edm" from ``t_min``, on the others it is as long as the rest.
         key: for samplers, correctors and constraints that add noise.
         noise: what a sampler adds instead, as `extract_noise` returns it; a key is then for the others alone.
         corrector: what moves the state before each step, e.g. `Langevin`. It and a constraint are for samplers that
@@ -155,7 +156,8 @@ def invert(
         solver: a sampler without noise.
         num_steps, grid, t_start, t_end: those of `sample`.
         adjoint: that of `sample`.
-        fixed_point: for `DDIM`, the number of iterations for each step that is undone, each with one evaluation.
+        fixed_point: for `DDIM`, the number of iterations for each step that is undone, each with one evaluation. Where
+            the last one still moves the state by a thousandth of its size the result is an error, in a trace NaN.
         return_state: for `BDIA`, return the pair of the noise and the state one knot before it, which `sample` takes.
         unroll: that of `sample`.
 
@@ -164,7 +166,7 @@ def invert(
 
     Raises:
         ValueError, TypeError: for wrong shapes, names and static values, samplers with noise, and an end without any.
-        SolveError: outside of a trace, if the noise is not finite.
+        SolveError: outside of a trace, if the noise is not finite, or ``fixed_point`` iterations did not converge.
 
     Warns:
         SdeflowWarning: if rounding errors of `BDIA` with this gamma grow beyond a thousandth of the state.
@@ -204,7 +206,9 @@ def invert(
             raise ValueError("fixed_point undoes the steps of order 1 alone: use it with DDIM().")
         # In this form an iteration changes by what the noise changes, not by 1 / sigma of it.
         table = table_of(Multistep(1, "noise"), schedule, times, grid, num_steps)
-        out, undone = _undo(denoiser, table, x, args, policy(adjoint, table, x), fixed_point, _written_out(unroll, table))
+        out, undone = _undo(
+            denoiser, table, x, args, policy(adjoint, table, x), fixed_point, _written_out(unroll, table)
+        )
         if is_concrete(undone) and not bool(undone):
             raise SolveError(RESULTS.nonlinear_max_steps_reached, _NOT_UNDONE)  # pyright: ignore[reportArgumentType]
         check_finite(out)
@@ -470,7 +474,9 @@ def _undo(
             _, noise = carry
             return (noise, read(row, denoiser, row.t, before(noise), args)), None
 
-        (last, noise), _ = jax.lax.scan(improve, (noise, noise), None, iterations, unroll=iterations if unroll > 1 else 1)
+        (last, noise), _ = jax.lax.scan(
+            improve, (noise, noise), None, iterations, unroll=iterations if unroll > 1 else 1
+        )
         new = before(noise)
         moved = jax.lax.stop_gradient(jnp.abs(new - before(last)).max() / jnp.abs(new).max())
         return (new, noise, okay & (moved <= tolerance)), None
@@ -480,4 +486,5 @@ def _undo(
     start = (x, noise, jnp.isfinite(x).all())
     (x, _, okay), _ = checkpointed_scan(undone, start, rows, table.num_rows, checkpoints, unroll)
     # Not a number rather than a wrong one, derivatives too.
-    return x * jnp.where(okay, 1, jnp.nan) + mean, okay
+    flag = jnp.asarray(okay, x.dtype)
+    return x * (flag / flag) + mean, okay

@@ -380,7 +380,9 @@ class Tabulated(_Preserving):
         wrong[-1] &= table[-1] != 1
         if wrong.any():
             i = int(np.argmax(wrong))
-            raise ValueError(f"betas must lie between 0 and 1, only the last may be 1; betas[{i}]={table[i]:g} does not.")
+            raise ValueError(
+                f"betas must lie between 0 and 1, only the last may be 1; betas[{i}]={table[i]:g} does not."
+            )
         if table[0] > 0.5 and table[-1] < table[0]:
             raise ValueError(
                 f"betas fall from {table[0]:g} to {table[-1]:g}, as products of 1 - beta do: of these, a, pass "

@@ -14,7 +14,9 @@ def check_sample_ndim(sample_ndim: Any) -> None:
     Raises:
         ValueError: always then.
     """
-    if sample_ndim is not None and (isinstance(sample_ndim, bool) or not isinstance(sample_ndim, int) or sample_ndim < 0):
+    if sample_ndim is not None and (
+        isinstance(sample_ndim, bool) or not isinstance(sample_ndim, int) or sample_ndim < 0
+    ):
         raise ValueError(f"sample_ndim must be the number of axes of one sample or None, got {sample_ndim!r}.")
 
 
