@@ -236,6 +236,7 @@ def run(options: Options) -> list[Claim]:
     parts: list[Callable[[], Claim]] = [
         lambda: forward("tiny", options),
         lambda: forward("2x256", options),
+        lambda: convolutions(options),
         lambda: gradient(options),
         lambda: memory(options),
         lambda: again(options),

@@ -192,8 +192,8 @@ class Thresholded(AbstractDenoiser):
     """Dynamic thresholding: the predicted data is clipped to where data can be, and the noise follows from it.
 
     With s the larger of ``bound`` and the quantile of |x0| over one sample, x0 becomes ``clip(x0, -s, s) bound / s``.
-    For data in a box, such as pixels, under strong guidance; samplers must predict data, not noise (Saharia et al.,
-    NeurIPS 2022).
+    For data in a box, such as pixels, under strong guidance (Saharia et al., NeurIPS 2022). Samplers that read noise
+    take the noise that goes with the clipped data, and converge to the same samples.
 
     Arguments:
         denoiser: any denoiser, a guided one too.

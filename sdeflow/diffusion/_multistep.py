@@ -184,12 +184,11 @@ def _chosen(which: Any, one: dict[str, Any], other: dict[str, Any]) -> dict[str,
     for name in {**one, **other}:
         if name == "width":
             continue
-        a, b = (table.get(name) for table in (one, other))
+        a, b = one.get(name), other.get(name)
         if name in ("out", "fix"):
             widen = lambda x: x if x is None else joined([([*range(len(x))], x)], out["width"])
             a, b = widen(a), widen(b)
-        a, b = (jnp.zeros_like(b) if a is None else a), (jnp.zeros_like(a) if b is None else b)
-        out[name] = jnp.where(which, a, b)
+        out[name] = jnp.where(which, 0 if a is None else a, 0 if b is None else b)
     return out
 
 

@@ -81,7 +81,7 @@ def sample(
         t_start: where to start, by default the schedule's ``t_max``; later with a state that is known there, as from
             `GaussianDenoiser` or `extract_noise`.
         t_end: where to end, by default the schedule's ``t_min``. Where the noise vanishes, as at 0, one last step of
-            order 1 leads there: on "logsnr" and "edm" from ``t_min``, on the others it is as long as the rest.
+            order 1 leads there, on "logsnr" and "edm" from ``t_min``, on the others as long as the rest.
         key: for samplers, correctors and constraints that add noise.
         noise: what a sampler adds instead, as `extract_noise` returns it; a key is then for the others alone.
         corrector: what moves the state before each step, e.g. `Langevin`. It and a constraint are for samplers that
@@ -471,15 +471,15 @@ def _undo(
         before = lambda noise: (after - row.out[0] * noise) / row.keep
 
         def improve(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
-            _, noise = carry
+            noise = carry[1]
             return (noise, read(row, denoiser, row.t, before(noise), args)), None
 
         (last, noise), _ = jax.lax.scan(
             improve, (noise, noise), None, iterations, unroll=iterations if unroll > 1 else 1
         )
         new = before(noise)
-        moved = jax.lax.stop_gradient(jnp.abs(new - before(last)).max() / jnp.abs(new).max())
-        return (new, noise, okay & (moved <= tolerance)), None
+        moved, size = (jnp.abs(jax.lax.stop_gradient(a)).max() for a in (new - before(last), new))
+        return (new, noise, okay & (moved <= tolerance * size)), None
 
     x = x - mean
     noise = read(table, denoiser, rows.t[0], x, args)

@@ -29,7 +29,6 @@ from jaxtyping import Array
 from .._compat import is_concrete
 from ._schedule import AbstractSchedule, cell, module_of, number
 
-
 # What is taken for the signal where there is none: as small as that of the steps of discrete models, and not 0.
 _LOG_FLOOR = -12 * math.log(2)
 _FLOOR = 2.0**-12
@@ -352,7 +351,7 @@ class Tabulated(_Preserving):
 
     Arguments:
         betas: N numbers between 0 and 1, e.g. ``numpy.linspace(1e-4, 0.02, 1000)``. The last may be 1, which leaves no
-            signal: alpha counts as 2^-12 at t = 1 then.
+            signal; alpha counts as 2^-12 at t = 1 then.
         t_min, t_max: where samplers end and start; by default the first and the last knot.
 
     Raises:

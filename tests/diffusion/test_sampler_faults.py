@@ -107,7 +107,9 @@ def test_equal_steps_go_all_the_way_to_zero(grid):
         for n in (10, 20, 40)
     ]
     # A wasted step cost a factor of five at twenty steps.
-    assert errors[0] < 0.09 and errors[1] < 0.025 and errors[2] < errors[1] / 3
+    assert errors[0] < 0.09
+    assert errors[1] < 0.025
+    assert errors[2] < errors[1] / 3
 
 
 def test_steps_are_undone_in_either_form_and_what_diverges_is_an_error():
@@ -118,9 +120,13 @@ def test_steps_are_undone_in_either_form_and_what_diverges_is_an_error():
         np.testing.assert_allclose(sample(NORMAL, noise, **options), x, atol=1e-12)
         with pytest.raises(sf.SolveError, match="fixed_point"):
             invert(gmm.denoiser(), jnp.asarray(gmm.reference(2)), solver=solver, num_steps=6, fixed_point=8)
+    # Nothing is all of its size.
+    even = Denoiser(lambda t, x, args: SCHEDULE.sigma(t) * x, SCHEDULE)
+    assert not invert(even, jnp.zeros(2), solver=DDIM(), num_steps=4, fixed_point=2).any()
     lost = jax.jit(lambda x: invert(gmm.denoiser(), x, solver=DDIM(), num_steps=6, fixed_point=8).sum())
     value, slope = jax.value_and_grad(lost)(jnp.asarray(gmm.reference(2)))
-    assert bool(jnp.isnan(value)) and bool(jnp.isnan(slope).all())
+    assert bool(jnp.isnan(value))
+    assert bool(jnp.isnan(slope).all())
 
 
 def test_a_batch_is_never_taken_for_one_sample():
@@ -234,7 +240,8 @@ def test_unrolling_is_no_loop_whatever_was_compiled_before():
     loops = lambda unroll: str(
         jax.make_jaxpr(lambda x: sample(NORMAL, x, solver=DDIM(), num_steps=4, unroll=unroll))(X)
     )
-    assert "unroll=1" in loops(1) and "unroll=4" in loops(True)
+    assert "unroll=1" in loops(1)
+    assert "unroll=4" in loops(True)
     with pytest.raises(ValueError, match="unroll"):
         sample(NORMAL, X, solver=DDIM(), num_steps=4, unroll=0)
     with pytest.raises(ValueError, match="undoes"):
