@@ -166,7 +166,7 @@ def test_what_looks_at_a_sample_of_a_batch_looks_at_each():
     np.testing.assert_allclose(apart[1:], move(X, 1)[1:], rtol=1e-12)
 
 
-ZERO = Tabulated(np.append(np.linspace(1e-4, 0.02, 99), 1.0))
+ZERO = Tabulated(np.append(np.linspace(1e-4, 0.02, 999), 1.0))
 
 
 @pytest.mark.parametrize("schedule", [Flow(t_max=1.0), Cosine(t_max=1.0), ZERO], ids=["Flow", "Cosine", "table"])
