@@ -106,6 +106,34 @@ def forward(width: str, options: Options) -> Claim:
     return Claim("diffusion speed", f"sampling, network {width}", setting, "the scan by hand", rows, remarks, floor)
 
 
+def convolutions(options: Options) -> Claim:
+    """A network of convolutions with channels first, the loop over its evaluations written out and not."""
+    rng = np.random.default_rng(2)
+    sizes = ((32, 1), (32, 32), (1, 32))
+    kernels = [(rng.standard_normal((*s, 3, 3)) / (3 * s[1] ** 0.5)).astype(np.float32) for s in sizes]
+    images = rng.standard_normal((16, 1, 32, 32)).astype(np.float32)
+
+    def convolve(t: Any, x: Any, args: Any) -> Any:
+        for i, kernel in enumerate(args):
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME")
+            x = jnp.tanh(x) if i < len(args) - 1 else x
+        return x
+
+    def draw(unroll: bool, kernels: Any, x: Any) -> Any:
+        denoiser = sf.diffusion.Denoiser(convolve, SCHEDULE)
+        solver = sf.diffusion.DPMSolverPP(2)
+        return sf.diffusion.sample(denoiser, x, args=kernels, solver=solver, num_steps=10, unroll=unroll)
+
+    loop, flat = (
+        harness.compiled(name, functools.partial(draw, unroll), (kernels, images))
+        for name, unroll in (("a loop", False), ("unroll=True", True))
+    )
+    rows = [harness.row(loop, flat, options)]
+    remarks = [_difference(loop.call(), flat.call())]
+    setting = "16 images of 32 x 32, three convolutions, channels first, 10 steps, float32"
+    return Claim("diffusion speed", "convolutions written out", setting, "the loop", rows, remarks, None)
+
+
 def gradient(options: Options) -> Claim:
     """Value and gradient in the weights and the noise."""
     args = (weights(256), starts())
@@ -208,6 +236,7 @@ def run(options: Options) -> list[Claim]:
     parts: list[Callable[[], Claim]] = [
         lambda: forward("tiny", options),
         lambda: forward("2x256", options),
+        lambda: convolutions(options),
         lambda: gradient(options),
         lambda: memory(options),
         lambda: again(options),

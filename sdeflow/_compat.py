@@ -74,6 +74,28 @@ assert_term_compatible = _assert_term_compatible
 """What ``diffeqsolve`` compares terms with the solver by; it raises `TermAndSolverIncompatible`."""
 
 
+def under_vmap(x: Any) -> bool:
+    """Whether an array is known to be one of many that ``jax.vmap`` works on at once; a ``jax.jit`` within hides it."""
+    while isinstance(x, Tracer):
+        if type(x).__name__ == "BatchTracer":
+            return True
+        x = getattr(x, "primal", None)
+    return False
+
+
+def varies_over(x: Any) -> frozenset[str]:
+    """The axes of a mesh, within ``jax.shard_map``, that an array is known to vary over."""
+    kind = jax.typeof(x)
+    # Later releases keep the axes in a record of their own.
+    return frozenset(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
+
+
+def vary(x: Any, axes: frozenset[str]) -> Any:
+    """The array, varying over these axes as well."""
+    missing = tuple(axes - varies_over(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
 def enumeration_of(item: Any) -> type:
     """The equinox enumeration that a member belongs to."""
     return item._enumeration

@@ -171,6 +171,29 @@ def test_concreteness_is_seen_through_a_tracer():
     assert _compat.is_concrete(jnp.ones(2), np.ones(2), 1.0)
 
 
+def test_one_of_many_is_seen_through_derivatives_but_not_through_a_jit():
+    seen = []
+    f = lambda x: (seen.append(_compat.under_vmap(x)), x.sum())[1]
+    jax.vmap(f)(jnp.ones((2, 3)))
+    jax.vmap(jax.grad(f))(jnp.ones((2, 3)))
+    jax.vmap(jax.jit(f))(jnp.ones((2, 3)))
+    f(jnp.ones(3))
+    assert seen == [True, True, False, False]
+
+
+def test_what_varies_over_a_mesh_is_known_and_can_be_said():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("b",))
+    spec, found = jax.sharding.PartitionSpec("b"), []
+
+    def f(x):
+        still = jnp.ones(3)
+        found.extend(map(_compat.varies_over, (x, still, _compat.vary(still, _compat.varies_over(x)))))
+        return x
+
+    jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))(jnp.ones(3))
+    assert found == [{"b"}, frozenset(), {"b"}]
+
+
 def test_what_a_jaxpr_does_not_need_of_its_inputs_can_be_told():
     jaxpr = jax.make_jaxpr(jax.jit(lambda x, y: jnp.ones_like(x) * y))(1.0, 2.0).jaxpr
     assert _compat.dce_jaxpr(jaxpr, [True])[1] == [False, True]

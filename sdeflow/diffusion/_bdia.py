@@ -50,7 +50,7 @@ class BDIA(AbstractSampler):
 
     def table(self, schedule: AbstractSchedule, times: Any, grid: Any, num_steps: int | None = None) -> Table:
         """The table of this sampler: its first row is a step of DDIM, the others take a pair."""
-        points = Points.at(schedule, times)
+        points = Points.along(schedule, times)
         xp, _ = module_of(points.l)
         keep, out = increment(points[:-1], points[1:])
         back_keep, back_out = increment(points[1:-1], points[:-2])
@@ -88,9 +88,8 @@ def increment(a: Points, b: Points) -> tuple[Any, Any]:
     """A step of DDIM from a to b: the factor of the state, and that of the noise."""
     xp, _ = module_of(a.l)
     keep = xp.exp(b.log_alpha - a.log_alpha)
-    clean = xp.isinf(b.l)
-    h = xp.where(clean, xp.zeros_like(b.l), b.l) - a.l
-    return keep, xp.where(clean, -keep * xp.exp(a.log_sigma), -xp.exp(b.log_sigma) * xp.expm1(h))
+    h = xp.where(b.clean, xp.zeros_like(b.l), b.l) - a.l
+    return keep, xp.where(b.clean, -keep * xp.exp(a.log_sigma), -xp.exp(b.log_sigma) * xp.expm1(h))
 
 
 def lost_digits(gamma: float, steps: int, dtype: Any) -> float:

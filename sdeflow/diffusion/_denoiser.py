@@ -14,7 +14,7 @@ and for u the solution of two linear equations. Sources: Ho et al. 2020, Saliman
 import abc
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -23,8 +23,10 @@ from jaxtyping import Array
 from .._compat import is_concrete
 from ..equations._terms import check_like
 from ._schedule import AbstractSchedule, number
+from ._whole import axes_of_sample, check_sample_ndim
 
 Prediction = Literal["noise", "data", "velocity", "score", "flow"]
+Scale = Array | Callable[[Any], Any]
 PREDICTIONS = ("noise", "data", "velocity", "score", "flow")
 
 
@@ -149,7 +151,7 @@ class Guided(AbstractDenoiser):
 
     Arguments:
         conditional, unconditional: two denoisers with one schedule.
-        scale: 1 is the conditional denoiser alone.
+        scale: 1 is the conditional denoiser alone; a number, or a function of t that returns one.
 
     Raises:
         ValueError: if the schedules differ.
@@ -163,7 +165,7 @@ class Guided(AbstractDenoiser):
 
     conditional: AbstractDenoiser
     unconditional: AbstractDenoiser
-    scale: Array
+    scale: Scale
 
     def __init__(self, conditional: AbstractDenoiser, unconditional: AbstractDenoiser, scale: Any):
         check_denoiser(conditional)
@@ -172,7 +174,7 @@ class Guided(AbstractDenoiser):
         if is_concrete(same) and not same:
             raise ValueError("the conditional and the unconditional denoiser must have one and the same schedule.")
         self.conditional, self.unconditional = conditional, unconditional
-        self.scale = jnp.asarray(scale, jnp.result_type(scale, float))
+        self.scale = as_scale(scale)
 
     @property
     def schedule(self) -> AbstractSchedule:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -182,7 +184,7 @@ class Guided(AbstractDenoiser):
     def parts(self, t: Any, x: Array, args: Any) -> tuple[Array, Array]:
         """The guided data, less the schedule's mean, and the guided noise."""
         there, here = self.conditional.parts(t, x, args), self.unconditional.parts(t, x, args)
-        w = self.scale.astype(x.dtype)
+        w = scale_at(self.scale, t, x)
         return here[0] + w * (there[0] - here[0]), here[1] + w * (there[1] - here[1])
 
 
@@ -190,13 +192,15 @@ class Thresholded(AbstractDenoiser):
     """Dynamic thresholding: the predicted data is clipped to where data can be, and the noise follows from it.
 
     With s the larger of ``bound`` and the quantile of |x0| over one sample, x0 becomes ``clip(x0, -s, s) bound / s``.
-    For data in a box, such as pixels, under strong guidance; samplers must predict data, not noise (Saharia et al.,
-    NeurIPS 2022).
+    For data in a box, such as pixels, under strong guidance (Saharia et al., NeurIPS 2022). Samplers that read noise
+    take the noise that goes with the clipped data, and converge to the same samples.
 
     Arguments:
         denoiser: any denoiser, a guided one too.
         quantile: between 0 and 1.
         bound: the half width of the box.
+        sample_ndim: how many axes one sample has, the last ones of the state; None for all of them, as under
+            ``jax.vmap``. Without it samplers refuse states of two axes or more that may be a batch.
 
     Raises:
         ValueError: for a quantile outside of [0, 1] or a bound that is not positive.
@@ -211,9 +215,12 @@ class Thresholded(AbstractDenoiser):
     denoiser: AbstractDenoiser
     quantile: float = eqx.field(default=0.995, static=True)
     bound: float = eqx.field(default=1.0, static=True)
+    sample_ndim: int | None = eqx.field(default=None, static=True)
+    looks_at_whole: ClassVar[bool] = True
 
     def __check_init__(self):
         check_denoiser(self.denoiser)
+        check_sample_ndim(self.sample_ndim)
         if not 0 <= number(self.quantile, "quantile") <= 1:
             raise ValueError(f"quantile must lie between 0 and 1, got {self.quantile}.")
         if number(self.bound, "bound") <= 0:
@@ -229,7 +236,8 @@ class Thresholded(AbstractDenoiser):
         schedule = self.schedule
         mean = jnp.asarray(schedule.mean, x.dtype)
         data = self.denoiser.parts(t, x, args)[0] + mean
-        s = jnp.maximum(jnp.quantile(jnp.abs(data), self.quantile), self.bound)
+        axes = axes_of_sample(x, self.sample_ndim)
+        s = jnp.maximum(jnp.quantile(jnp.abs(data), self.quantile, axis=axes, keepdims=True), self.bound)
         data = jnp.clip(data, -s, s) * (self.bound / s) - mean
         return data, (x - mean - schedule.alpha(t) * data) / schedule.sigma(t)
 
@@ -278,6 +286,23 @@ class Precondition(AbstractDenoiser):
         size = jnp.sqrt(r**2 + d**2)
         out = check_like(self.network(-l / 4, y / size, args), x, "network")
         return (d / size) ** 2 * y + r * d / size * out, r / size**2 * y - d / size * out
+
+
+def as_scale(scale: Any) -> Scale:
+    """The strength of guidance: a number, or a function of the time."""
+    return scale if callable(scale) else jnp.asarray(scale, jnp.result_type(scale, float))
+
+
+def scale_at(scale: Scale, t: Any, x: Array) -> Array:
+    """The strength at time t, of the dtype of x.
+
+    Raises:
+        ValueError: while tracing, if a function returns no scalar.
+    """
+    w = jnp.asarray(scale(t) if callable(scale) else scale, x.dtype)
+    if callable(scale) and w.ndim:
+        raise ValueError(f"scale(t) must return one number, got shape {w.shape}.")
+    return w
 
 
 def _check_network(network: Any, call: str) -> None:

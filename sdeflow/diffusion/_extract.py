@@ -21,6 +21,7 @@ from ._denoiser import AbstractDenoiser
 from ._multistep import AbstractSampler
 from ._sample import check_adjoint, check_finite, policy, run, start_of, table_of
 from ._table import Points, Table
+from ._whole import check_one_sample
 
 
 def extract_noise(
@@ -79,6 +80,7 @@ def extract_noise(
     schedule = denoiser.schedule
     times = solver.times(schedule, num_steps, grid, t_end, t_start)
     table = table_of(solver, schedule, times, grid, num_steps)
+    check_one_sample(x, denoiser)
     if not table.draws:
         raise ValueError(f"{type(solver).__name__} adds no noise with these options, so there is none to extract.")
     if not independent and table.start is not None:
@@ -95,11 +97,11 @@ def _states(
     """The start, and where each draw of noise leads."""
     # The denoiser is evaluated where a step has led, so the next row says when that is.
     at = [times[:1], table.t] if table.start is not None else [table.t]
-    last = Points.at(schedule, times[-1:])
+    last = Points.along(schedule, times)[-1:]
     here = Points.at(schedule, jnp.concatenate([jnp.asarray(t) for t in at]) if not isinstance(times, np.ndarray)
                      else np.concatenate(at))  # fmt: skip
     # In y = x / alpha noise has the variance rho^2, rho = sigma / alpha.
-    variance = jnp.asarray(jnp.exp(-2 * here.l) - jnp.exp(-2 * last.l), x.dtype)
+    variance = jnp.asarray(jnp.exp(-2 * here.l) - jnp.where(last.clean, 0, jnp.exp(-2 * last.l)), x.dtype)
     widen = lambda a: jnp.asarray(a, x.dtype).reshape(-1, *[1] * x.ndim)
     eps = jr.normal(key, (len(here), *x.shape), x.dtype)
     if independent:

@@ -24,9 +24,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from .._compat import is_concrete
-from ._denoiser import AbstractDenoiser, check_denoiser
+from ._denoiser import AbstractDenoiser, Scale, as_scale, check_denoiser, scale_at
 from ._moves import AbstractConstraint
 from ._schedule import AbstractSchedule, number
+from ._whole import check_sample_ndim
 
 METHODS = ("tmpd", "pigdm", "point")
 # Up to this many observations the equations are solved directly.
@@ -43,7 +44,7 @@ class ClassifierGuided(AbstractDenoiser):
     Arguments:
         denoiser: any denoiser.
         log_likelihood: ``log_likelihood(t, x, args)``, a scalar, for one sample x at time t.
-        scale: of the gradient.
+        scale: of the gradient, a number or a function of t.
 
     Raises:
         TypeError: if the likelihood is not callable.
@@ -59,7 +60,7 @@ class ClassifierGuided(AbstractDenoiser):
 
     denoiser: AbstractDenoiser
     log_likelihood: Callable[[Any, Array, Any], Array]
-    scale: Array
+    scale: Scale
 
     def __init__(
         self, denoiser: AbstractDenoiser, log_likelihood: Callable[[Any, Array, Any], Array], scale: Any = 1.0
@@ -69,8 +70,7 @@ class ClassifierGuided(AbstractDenoiser):
             raise TypeError(
                 f"log_likelihood must be callable as log_likelihood(t, x, args), got {type(log_likelihood).__name__}."
             )
-        self.denoiser, self.log_likelihood = denoiser, log_likelihood
-        self.scale = jnp.asarray(scale, jnp.result_type(scale, float))
+        self.denoiser, self.log_likelihood, self.scale = denoiser, log_likelihood, as_scale(scale)
 
     @property
     def schedule(self) -> AbstractSchedule:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -80,7 +80,7 @@ class ClassifierGuided(AbstractDenoiser):
     def parts(self, t: Any, x: Array, args: Any) -> tuple[Array, Array]:
         """The guided data, less the schedule's mean, and the guided noise."""
         push = jax.grad(lambda x: self.log_likelihood(t, x, args))(x)
-        return _pushed(self.schedule, t, self.denoiser.parts(t, x, args), self.scale.astype(x.dtype) * push)
+        return _pushed(self.schedule, t, self.denoiser.parts(t, x, args), scale_at(self.scale, t, x) * push)
 
 
 class PosteriorGuided(AbstractDenoiser):
@@ -111,7 +111,7 @@ class PosteriorGuided(AbstractDenoiser):
         noise_std: the deviation of the noise in y; 0 for none.
         method: "tmpd", "pigdm" or "point", which covariance of the data is assumed; see the table of the module.
         data_std: the deviation of the data, for "pigdm".
-        scale: of the guidance; other than 1 only to leave the posterior on purpose.
+        scale: of the guidance, a number or a function of t; other than 1 only to leave the posterior on purpose.
 
     Raises:
         TypeError: for what is no operator, and, while tracing, for one that is not linear.
@@ -131,7 +131,7 @@ class PosteriorGuided(AbstractDenoiser):
     observed: Array
     noise_std: Array
     data_std: Array
-    scale: Array
+    scale: Scale
     method: str = eqx.field(static=True)
 
     def __init__(
@@ -155,9 +155,8 @@ class PosteriorGuided(AbstractDenoiser):
         if is_concrete(data_std) and number(data_std, "data_std") <= 0:
             raise ValueError(f"data_std must be positive, got {data_std}.")
         self.denoiser, self.operator, self.observed = denoiser, _check_operator(operator), jnp.asarray(observed)
-        self.noise_std, self.data_std, self.scale = (
-            jnp.asarray(a, jnp.result_type(a, float)) for a in (noise_std, data_std, scale)
-        )
+        self.noise_std, self.data_std = (jnp.asarray(a, jnp.result_type(a, float)) for a in (noise_std, data_std))
+        self.scale = as_scale(scale)
         self.method = method
 
     @property
@@ -189,7 +188,7 @@ class PosteriorGuided(AbstractDenoiser):
                 spread = lambda v: sigma**2 / alpha * symmetric(v)
             weight = _solved(lambda w: along(spread(adjoint(w))), variance, residual)
         back = symmetric if self.method == "tmpd" else pull
-        return _pushed(schedule, t, parts, self.scale.astype(dtype) * back(adjoint(weight)))
+        return _pushed(schedule, t, parts, scale_at(self.scale, t, x) * back(adjoint(weight)))
 
 
 class DPS(AbstractConstraint):
@@ -204,7 +203,10 @@ class DPS(AbstractConstraint):
     Arguments:
         operator: A, a matrix that acts on the flattened sample, or a linear function of a sample.
         observed: y, an array like what A returns.
-        scale: of the gradient; the paper's step for the squared norm is twice this one.
+        scale: of the gradient, a number or a function of the time before the step; the paper's step for the squared
+            norm is twice this one.
+        sample_ndim: how many axes one sample has, the last ones of the state; those before are a batch, in the state
+            and in y alike. None for all axes, as under ``jax.vmap``.
 
     Raises:
         TypeError: for what is no operator.
@@ -223,11 +225,18 @@ class DPS(AbstractConstraint):
     draws: ClassVar[bool] = False
     operator: Any
     observed: Array
-    scale: Array
+    scale: Scale
+    sample_ndim: int | None = eqx.field(static=True)
 
-    def __init__(self, operator: Any, observed: Any, scale: Any = 1.0):
+    def __init__(self, operator: Any, observed: Any, scale: Any = 1.0, *, sample_ndim: int | None = None):
+        check_sample_ndim(sample_ndim)
         self.operator, self.observed = _check_operator(operator), jnp.asarray(observed)
-        self.scale = jnp.asarray(scale, jnp.result_type(scale, float))
+        self.scale, self.sample_ndim = as_scale(scale), sample_ndim
+
+    @property
+    def looks_at_whole(self) -> bool:
+        """Whether the shape of a sample is not known: a matrix fits one alone."""
+        return callable(self.operator)
 
     def __call__(
         self,
@@ -245,10 +254,11 @@ class DPS(AbstractConstraint):
 
         def misfit(at: Array) -> Array:
             gap = self.observed.astype(x.dtype) - observe(denoiser.predict("data", before[0], at, args))
-            square = (gap**2).sum()
-            return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+            batch = 0 if self.sample_ndim is None else x.ndim - self.sample_ndim
+            square = (gap**2).sum(axis=tuple(range(batch, gap.ndim)))
+            return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0).sum()
 
-        return x - self.scale.astype(x.dtype) * jax.grad(misfit)(before[1])
+        return x - scale_at(self.scale, before[0], x) * jax.grad(misfit)(before[1])
 
 
 def _pushed(schedule: AbstractSchedule, t: Any, parts: tuple[Array, Array], push: Array) -> tuple[Array, Array]:

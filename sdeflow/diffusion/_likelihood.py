@@ -26,7 +26,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from .._compat import is_concrete
+from .._compat import is_concrete, varies_over, vary
 from ..equations import AbstractEquation
 from ..grids import Grid
 from ..grids._build import check_count
@@ -39,6 +39,7 @@ from ._schedule import AbstractSchedule, check_mean, number
 from ._schedules import MeanReverting
 from ._times import knots
 from ._v3 import DPMSolverV3
+from ._whole import check_one_sample
 
 
 def log_prob(
@@ -57,6 +58,7 @@ def log_prob(
     log_prior: Callable[[Array], Array] | None = None,
     tolerance: float = 1e-5,
     adjoint: diffrax.AbstractAdjoint | None = None,
+    unroll: int | bool = 1,
 ) -> Array:
     """The log-density of one sample at ``t_end``, in nats; use ``jax.vmap`` for batches.
 
@@ -82,6 +84,7 @@ def log_prob(
             for a start at the schedule's ``t_max`` alone.
         tolerance: relative and absolute, of an adaptive solve.
         adjoint: that of `sample`, or for a diffrax solver that of `sdeflow.solve`.
+        unroll: that of `sample`, for a sampler.
 
     Returns:
         A scalar.
@@ -106,6 +109,7 @@ def log_prob(
         raise TypeError("x must be an array of a real floating dtype.")
     x = jnp.asarray(x)
     check_mean(denoiser.schedule, x.shape)
+    check_one_sample(x, denoiser)
     if is_concrete(tolerance) and number(tolerance, "tolerance") <= 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}.")
     schedule, probes = denoiser.schedule, None
@@ -121,8 +125,12 @@ def log_prob(
             raise ValueError(f"{type(solver).__name__} takes a fixed number of steps: pass num_steps= or a Grid.")
         times = solver.times(schedule, num_steps, grid, t_end, t_start)
         _check_start(schedule, times, log_prior)
-        noise, count = _by_table(denoiser, x, probes, args, solver, times, num_steps, grid, t_start, t_end, adjoint)
+        noise, count = _by_table(
+            denoiser, x, probes, args, solver, times, num_steps, grid, t_start, t_end, adjoint, unroll
+        )
     else:
+        if unroll is True or unroll > 1:
+            raise ValueError("unroll= is for samplers: pass solver=, e.g. UniPC(3), and num_steps=.")
         times = knots(schedule, 1 if adaptive else num_steps, grid, t_end, t_start)
         check_noisy(schedule, times)
         _check_start(schedule, times, log_prior)
@@ -178,6 +186,8 @@ def _with_divergence(denoiser: Any, t: Any, x: Array, args: Any, probes: Array |
     (data, noise), push = jax.linearize(lambda x: denoiser.parts(t, x, args), x)
     exact = probes is None
     vectors = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape) if exact else probes
+    # Within jax.shard_map a tangent has to vary as the state does.
+    vectors = vary(vectors, varies_over(x))
     total = jax.vmap(lambda v: (v * push(v)[1]).sum())(vectors).sum()
     return data, noise, total if exact else total / len(vectors)
 
@@ -220,10 +230,12 @@ def _by_table(
     t_start: Any,
     t_end: Any,
     adjoint: Any,
+    unroll: Any,
 ) -> tuple[Array, Array]:
     mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
     state = jnp.append((x - mean).ravel(), 0)
     options = {"num_steps": num_steps, "grid": grid, "t_start": t_start, "t_end": t_end, "adjoint": adjoint}
+    options["unroll"] = unroll
     counting = _Counting(denoiser, probes, x.shape)  # pyright: ignore[reportCallIssue]
     end = invert(counting, state, args=args, solver=solver, **options)
     alpha = jnp.asarray(denoiser.schedule.alpha(times[0]), x.dtype)

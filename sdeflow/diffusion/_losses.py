@@ -198,9 +198,11 @@ class EDMLoss(AbstractMatching):
         """The time of the normal quantile of u."""
         schedule = model.schedule
         # A share of 0 or 1 is a level at infinity, which single precision draws once in a while.
+        wide = jnp.asarray(u, jnp.promote_types(u.dtype, jnp.float32))
         tiny = jnp.finfo(u.dtype).eps
-        log_r = self.mean + self.deviation * jax.scipy.special.ndtri(jnp.clip(u, tiny, 1 - tiny))
-        return jnp.clip(schedule.t_of_log_snr(-log_r), schedule.t_min, schedule.t_max)
+        log_r = self.mean + self.deviation * jax.scipy.special.ndtri(jnp.clip(wide, tiny, 1 - tiny))
+        t = jnp.clip(schedule.t_of_log_snr(-log_r), schedule.t_min, schedule.t_max)
+        return jnp.asarray(t, u.dtype)
 
     def weight(self, model: AbstractDenoiser, t: Array) -> Array:
         """``w_data r^2``, as the error of the data is r times that of the noise."""

@@ -21,6 +21,7 @@ from .._compat import is_concrete
 from ..grids._build import check_count
 from ._denoiser import AbstractDenoiser
 from ._schedule import number
+from ._whole import axes_of_sample, check_sample_ndim
 
 NORMS = ("expected", "sample", "batch")
 
@@ -78,6 +79,8 @@ class Langevin(AbstractCorrector):
         num_steps: how many updates at each time.
         norms: "expected", "sample" (those of the whole state), or "batch" (means over its first axis, for a batch in
             ``x_T`` with a batch-wise denoiser).
+        sample_ndim: for "sample", how many axes one sample has, the last ones of the state; None for all of them, as
+            under ``jax.vmap``.
 
     Raises:
         ValueError: for a ratio or a number of steps that is not positive, or unknown norms.
@@ -95,8 +98,15 @@ class Langevin(AbstractCorrector):
     snr: float = eqx.field(default=0.16, static=True)
     num_steps: int = eqx.field(default=1, static=True)  # pyright: ignore[reportIncompatibleVariableOverride]
     norms: Literal["expected", "sample", "batch"] = eqx.field(default="expected", static=True)
+    sample_ndim: int | None = eqx.field(default=None, static=True)
+
+    @property
+    def looks_at_whole(self) -> bool:
+        """Whether norms are those of one sample."""
+        return self.norms == "sample"
 
     def __check_init__(self):
+        check_sample_ndim(self.sample_ndim)
         if number(self.snr, "snr") <= 0:
             raise ValueError(f"snr must be positive, got {self.snr}.")
         check_count(self.num_steps, "num_steps")
@@ -109,7 +119,9 @@ class Langevin(AbstractCorrector):
         z = jr.normal(key, x.shape, x.dtype)
         ratio = 1.0
         if self.norms == "sample":
-            ratio = jnp.linalg.norm(z.ravel()) / jnp.linalg.norm(noise.ravel())
+            axes = axes_of_sample(x, self.sample_ndim)
+            norm = lambda y: jnp.sqrt((y**2).sum(axis=axes, keepdims=True))
+            ratio = norm(z) / norm(noise)
         elif self.norms == "batch":
             mean = lambda y: jnp.linalg.norm(y.reshape(y.shape[0], -1), axis=1).mean()
             ratio = mean(z) / mean(noise)

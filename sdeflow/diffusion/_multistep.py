@@ -25,6 +25,7 @@ import abc
 from typing import Any, Literal
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 
 from ._schedule import AbstractSchedule, module_of, number
@@ -155,17 +156,47 @@ class Form(eqx.Module):
         return self.schedule.t_of_log_snr(l) if self.coordinate == "t" else l
 
 
-def adams(form: Any, points: Points, order: int, lower_order_final: bool, corrector: bool) -> dict[str, Any]:
+def adams(form: Any, points: Points, order: int, lower_order_final: bool | None, corrector: bool) -> dict[str, Any]:
     """The columns of a multistep table.
 
     Arguments:
         form: has ``step``, and ``last`` if the last point is noiseless.
         points: between steps.
         order: how many outputs are combined.
-        lower_order_final: whether the last steps combine fewer.
+        lower_order_final: whether the last steps combine fewer; None lets the points decide.
         corrector: whether every point is corrected once the output there is known.
     """
-    count, ends_clean, (xp, _) = len(points) - 1, points.noiseless, module_of(points.l)
+    lower, clean = lower_order_final, points.noiseless
+    lower = drops_order(points.l, clean) if lower is None else lower
+    made = lambda lower, clean: _columns(form, points, order, lower, clean, corrector)
+    if isinstance(points.l, np.ndarray):
+        return made(lower, clean)
+    # Of traced times it is not known how they end: all ways are made, and the right one is taken.
+    if not isinstance(lower, bool):
+        out = _chosen(lower, made(True, False), made(False, False))
+        return _chosen(clean, made(True, True), out)
+    return _chosen(clean, made(lower, True), made(lower, False))
+
+
+def _chosen(which: Any, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The columns of one table or the other; what one of them lacks is 0, and so are weights beyond its width."""
+    out: dict[str, Any] = {"width": max(one["width"], other["width"])}
+    for name in {**one, **other}:
+        if name == "width":
+            continue
+        a, b = one.get(name), other.get(name)
+        if name in ("out", "fix"):
+            widen = lambda x: x if x is None else joined([([*range(len(x))], x)], out["width"])
+            a, b = widen(a), widen(b)
+        out[name] = jnp.where(which, 0 if a is None else a, 0 if b is None else b)
+    return out
+
+
+def _columns(
+    form: Any, points: Points, order: int, lower_order_final: bool, ends_clean: bool, corrector: bool
+) -> dict[str, Any]:
+    """The columns, once it is known how the times end."""
+    count, (xp, _) = len(points) - 1, module_of(points.l)
     orders = [min(order, i + 1, count - i if lower_order_final else order) for i in range(count)]
     if ends_clean:
         orders[-1] = 1
@@ -269,19 +300,20 @@ class Multistep(AbstractSampler):
 
     def table(self, schedule: AbstractSchedule, times: Any, grid: Any, num_steps: int | None = None) -> Table:
         """The table of this sampler."""
-        points = Points.at(schedule, times)
-        lower = drops_order(points.l) if self.lower_order_final is None else self.lower_order_final
+        points = Points.along(schedule, times)
         form = Form(schedule, points, self.reads, self.coordinate, self.half, self.tau)
-        columns = adams(form, points, 1 if self.uniform else self.order, lower, self.corrector)
+        order = 1 if self.uniform else self.order
+        columns = adams(form, points, order, self.lower_order_final, self.corrector)
         xp, _ = module_of(points.l)
         count = len(points) - 1
         if self.uniform:
-            orders = [min(self.order, i + 1) for i in range(count - points.noiseless)] + [1] * points.noiseless
+            orders = [min(self.order, i + 1) for i in range(count)]
             share = np.stack([np.pad(_UNIFORM[k - 1], (0, self.order - k)) for k in orders])
+            share = xp.where(points.clean[1:, None], np.eye(1, self.order), share)
             columns |= {"out": columns["out"] * share, "width": self.order}
         i = np.arange(count)
         if self.tau > 0:
-            columns["noise"] = form.noise(i, i + 1)
+            columns["noise"] = xp.where(points.clean[1:], 0, form.noise(i, i + 1))
         if self.eta > 0:
             a, b = points[:-1], points[1:]
             gone = -xp.expm1(-2 * (b.l - a.l))
@@ -289,6 +321,6 @@ class Multistep(AbstractSampler):
             columns |= {
                 "keep": keep,
                 "out": (xp.exp(b.log_alpha) - xp.exp(a.log_alpha) * keep)[:, None],
-                "noise": self.eta * xp.exp(b.log_sigma) * xp.sqrt(gone),
+                "noise": xp.where(b.clean, 0, self.eta * xp.exp(b.log_sigma) * xp.sqrt(gone)),
             }
         return Table(times[:-1], reads=self.reads, **columns)

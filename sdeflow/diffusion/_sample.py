@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .._compat import is_concrete, warn
-from .._results import RESULTS, SolveError, message_of
+from .._results import RESULTS, SolveError
 from ..adjoints import DiscreteAdjoint, ReversibleAdjoint
 from ..solving._choose import choose_adjoint
 from ..walking import checkpointed_scan
 from ._bdia import BDIA, lost_digits
-from ._denoiser import AbstractDenoiser, check_denoiser
+from ._denoiser import AbstractDenoiser, Denoiser, check_denoiser
 from ._moves import AbstractConstraint, AbstractCorrector, Moves
 from ._multistep import AbstractSampler, Multistep
 from ._once import once
@@ -28,8 +28,20 @@ from ._singlestep import Singlestep
 from ._table import Table, Walked, follow, read
 from ._times import noiseless
 from ._undo import follow_to_undo
+from ._whole import check_one_sample
 
 State = Array | tuple[Array, Array]
+# How far the last iteration may still move a state, relative to its size.
+_DEFECT = 1e-3
+_NOT_FINITE = (
+    "the sampler did not stay finite: the network returned infinite numbers or NaN, or its predictions drove the state "
+    "there. Check what it returns for x_T at t_start, whether prediction= and the schedule are those that it was "
+    "trained with, and its weights; take more steps if it is right."
+)
+_NOT_UNDONE = (
+    "the steps of the sampler were not undone: the iterations of fixed_point= still moved the state by more than a "
+    "thousandth of its size. Raise fixed_point=, or take shorter steps with num_steps= or a larger t_end=."
+)
 
 
 def sample(
@@ -48,10 +60,12 @@ def sample(
     constraint: AbstractConstraint | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
     return_state: bool = False,
+    unroll: int | bool = 1,
 ) -> Any:
     """Draw a sample: from noise ``x_T`` at ``t_start`` to data at ``t_end``.
 
-    One sample per call; use ``jax.vmap`` for batches (a batch in ``x_T`` with a batch-wise denoiser works, too).
+    One sample per call; use ``jax.vmap`` for batches. A batch in ``x_T`` with a batch-wise denoiser works, too; what
+    looks at a whole sample then asks for ``sample_ndim``: `Thresholded`, `DPS` and `Langevin` with norms of the sample.
     Multistep samplers evaluate the denoiser once a step.
 
     Arguments:
@@ -62,11 +76,12 @@ def sample(
         solver: a sampler, e.g. ``UniPC(3)``.
         num_steps: how many steps.
         grid: "logsnr", "t", "quadratic" or "edm", what has equal steps; or a `sdeflow.grids.Grid` of decreasing times.
-            Its times may be traced, and the sample differentiated in them.
+            Its times may be traced, and the sample differentiated in them (an end without noise counts as fixed);
+            traced times that do not decrease, or are padded, give NaN.
         t_start: where to start, by default the schedule's ``t_max``; later with a state that is known there, as from
             `GaussianDenoiser` or `extract_noise`.
         t_end: where to end, by default the schedule's ``t_min``. Where the noise vanishes, as at 0, one last step of
-            order 1 leads there.
+            order 1 leads there, on "logsnr" and "edm" from ``t_min``, on the others as long as the rest.
         key: for samplers, correctors and constraints that add noise.
         noise: what a sampler adds instead, as `extract_noise` returns it; a key is then for the others alone.
         corrector: what moves the state before each step, e.g. `Langevin`. It and a constraint are for samplers that
@@ -76,6 +91,8 @@ def sample(
         adjoint: `sdeflow.adjoints.DiscreteAdjoint`, which says what a gradient keeps, by default as in `sdeflow.solve`;
             for `BDIA` also `sdeflow.adjoints.ReversibleAdjoint`, which keeps nothing but the end.
         return_state: for `BDIA`, return the pair of the sample and the state one knot before it.
+        unroll: how many evaluations are written out in the body of the loop over them; True writes all of them out,
+            which compiles longer, but on a CPU runs networks with convolutions some ten times faster.
 
     Returns:
         The sample, an array like ``x_T``.
@@ -94,7 +111,10 @@ def sample(
     """
     x, base = start_of(denoiser, x_T, solver, return_state)
     check_adjoint(adjoint, solver)
+    check_unroll(unroll, adjoint)
     times, table = once(_planned, solver, denoiser.schedule, num_steps, grid, t_end, t_start)
+    check_one_sample(x, denoiser, corrector, constraint)
+    _check_signal(denoiser, times)
     moves = _moves(denoiser, table, times, solver, corrector, constraint)
     if noise is not None:
         noise = _check_noise(noise, table, x, solver)
@@ -105,7 +125,7 @@ def sample(
         raise ValueError(f"{type(corrector or constraint).__name__} draws noise: pass key=.")
     table = table if base is None else table.drop(1)
     key = key if drawn or (table.draws and noise is None) else None
-    return _followed(denoiser, table, x, base, args, key, adjoint, return_state, noise, moves)
+    return _followed(denoiser, table, x, base, args, key, adjoint, return_state, noise, moves, unroll)
 
 
 def invert(
@@ -121,6 +141,7 @@ def invert(
     adjoint: diffrax.AbstractAdjoint | None = None,
     fixed_point: int = 0,
     return_state: bool = False,
+    unroll: int | bool = 1,
 ) -> Any:
     """The noise that a sample came from: from data at ``t_end`` back to noise at ``t_start``.
 
@@ -135,15 +156,17 @@ def invert(
         solver: a sampler without noise.
         num_steps, grid, t_start, t_end: those of `sample`.
         adjoint: that of `sample`.
-        fixed_point: for `DDIM`, the number of iterations for each step that is undone, each with one evaluation.
+        fixed_point: for `DDIM`, the number of iterations for each step that is undone, each with one evaluation. Where
+            the last one still moves the state by a thousandth of its size the result is an error, in a trace NaN.
         return_state: for `BDIA`, return the pair of the noise and the state one knot before it, which `sample` takes.
+        unroll: that of `sample`.
 
     Returns:
         The noise, an array like x.
 
     Raises:
         ValueError, TypeError: for wrong shapes, names and static values, samplers with noise, and an end without any.
-        SolveError: outside of a trace, if the noise is not finite.
+        SolveError: outside of a trace, if the noise is not finite, or ``fixed_point`` iterations did not converge.
 
     Warns:
         SdeflowWarning: if rounding errors of `BDIA` with this gamma grow beyond a thousandth of the state.
@@ -160,10 +183,12 @@ def invert(
     """
     x, base = start_of(denoiser, x, solver, return_state)
     check_adjoint(adjoint, solver)
+    check_unroll(unroll, adjoint)
     _refuse_noise(solver)
     schedule = denoiser.schedule
     times = solver.times(schedule, num_steps, grid, t_end, t_start)
-    check_noisy(schedule, times)
+    times = check_noisy(schedule, times)
+    check_one_sample(x, denoiser)
     if isinstance(solver, BDIA):
         lost = lost_digits(solver.gamma, times.shape[0] - 1, x.dtype)
         if lost > 1e-3:
@@ -173,32 +198,40 @@ def invert(
             )
         table = solver.inverse(schedule, times)
         table = table if base is None else table.drop(1)
-        return _followed(denoiser, table, x, base, args, None, adjoint, return_state)
+        return _followed(denoiser, table, x, base, args, None, adjoint, return_state, unroll=unroll)
     if fixed_point:
         if isinstance(fixed_point, bool) or not isinstance(fixed_point, int) or fixed_point < 1:
             raise ValueError(f"fixed_point must be a positive number of iterations, got {fixed_point!r}.")
         if not isinstance(solver, Multistep) or solver.order > 1 or solver.corrector:
             raise ValueError("fixed_point undoes the steps of order 1 alone: use it with DDIM().")
-        table = table_of(solver, schedule, times, grid, num_steps)
-        out = _undo(denoiser, table, x, args, policy(adjoint, table, x), fixed_point)
+        # In this form an iteration changes by what the noise changes, not by 1 / sigma of it.
+        table = table_of(Multistep(1, "noise"), schedule, times, grid, num_steps)
+        out, undone = _undo(
+            denoiser, table, x, args, policy(adjoint, table, x), fixed_point, _written_out(unroll, table)
+        )
+        if is_concrete(undone) and not bool(undone):
+            raise SolveError(RESULTS.nonlinear_max_steps_reached, _NOT_UNDONE)  # pyright: ignore[reportArgumentType]
         check_finite(out)
         return out
     if isinstance(solver, Singlestep) and solver.fast:
         raise ValueError('steps="fast" is made for one direction: invert with steps="single" or "multi".')
     table = table_of(solver, schedule, times[::-1], grid, num_steps)
-    return _followed(denoiser, table, x, base, args, None, adjoint, False)
+    return _followed(denoiser, table, x, base, args, None, adjoint, False, unroll=unroll)
 
 
-def check_noisy(schedule: Any, times: Any) -> None:
-    """Refuse to go back from where there is no noise.
+def check_noisy(schedule: Any, times: Any) -> Any:
+    """Refuse to go back from where there is no noise: the times, which are NaN where traced ones end there.
 
     Raises:
         ValueError: if the last of the times is known to be such.
     """
-    if isinstance(times, np.ndarray) and noiseless(schedule, times[-1]):
+    if not isinstance(times, np.ndarray):
+        return times * jnp.where(jnp.isfinite(schedule.log_snr(jax.lax.stop_gradient(times[-1]))), 1, jnp.nan)
+    if noiseless(schedule, times[-1]):
         raise ValueError(
             f"there is no noise at t={times[-1]:g}, so nothing leads back from there: pass a larger t_end=."
         )
+    return times
 
 
 def _moves(denoiser: Any, table: Table, times: Any, solver: Any, corrector: Any, constraint: Any) -> Moves | None:
@@ -284,6 +317,44 @@ def check_adjoint(adjoint: Any, solver: Any) -> None:
         )
 
 
+def check_unroll(unroll: Any, adjoint: Any) -> None:
+    """Refuse what is no number of evaluations, and the reverse pass that cannot be unrolled.
+
+    Raises:
+        ValueError: always then.
+    """
+    if not isinstance(unroll, bool | int) or (unroll is not False and unroll < 1):
+        raise ValueError(f"unroll must be True, False or a positive number of evaluations, got {unroll!r}.")
+    if isinstance(adjoint, ReversibleAdjoint) and (unroll is True or unroll > 1):
+        raise ValueError("ReversibleAdjoint undoes steps in a loop: unroll= goes with DiscreteAdjoint().")
+
+
+def _written_out(unroll: int | bool, table: Table) -> int:
+    # A number, as True and 1 are the same key of what was compiled before.
+    return table.num_rows if unroll is True else max(int(unroll), 1)
+
+
+def _check_signal(denoiser: Any, times: Any) -> None:
+    """Refuse to ask for the data in pure noise what predicts the noise alone.
+
+    Raises:
+        ValueError: always then.
+    """
+    schedule = denoiser.schedule
+    if not schedule.ends_without_signal or not isinstance(times, np.ndarray) or times[0] < schedule.t_max:
+        return
+
+    def look(node: Any) -> bool:
+        if isinstance(node, Denoiser) and node.prediction in ("noise", "score"):
+            raise ValueError(
+                f"there is no signal at t={times[0]:g}, where a network with prediction={node.prediction!r} says "
+                "nothing of the data: pass an earlier t_start=, or a network that predicts data, velocity or flow."
+            )
+        return False
+
+    jax.tree.leaves(denoiser, is_leaf=look)
+
+
 def _planned(
     solver: AbstractSampler, schedule: Any, num_steps: int | None, grid: Any, t_end: Any, t_start: Any
 ) -> tuple[Any, Table]:
@@ -330,6 +401,7 @@ def _followed(
     pair: bool,
     noise: Any = None,
     moves: Any = None,
+    unroll: int | bool = 1,
 ) -> Any:
     """What the table leads to.
 
@@ -342,7 +414,8 @@ def _followed(
             f"the statistics are for states of shape {made_for}, but the state has shape {x.shape}: use jax.vmap for "
             "a batch."
         )
-    out = run(denoiser, table, x, base, args, key, policy(adjoint, table, x), given=noise, moves=moves)
+    options = {"given": noise, "moves": moves, "unroll": _written_out(unroll, table)}
+    out = run(denoiser, table, x, base, args, key, policy(adjoint, table, x), **options)
     check_finite(out.x)
     return (out.x, out.base) if pair else out.x
 
@@ -351,7 +424,7 @@ def check_finite(x: Array) -> None:
     """Raise outside of a trace, if there is something to raise."""
     if is_concrete(x) and not bool(jnp.isfinite(x).all()):
         result: Any = RESULTS.nonfinite
-        raise SolveError(result, f"the sampler did not stay finite. {message_of(result)}")
+        raise SolveError(result, _NOT_FINITE)
 
 
 @eqx.filter_jit
@@ -367,6 +440,7 @@ def run(
     given: Any = None,
     through: Any = None,
     moves: Any = None,
+    unroll: int = 1,
 ) -> Walked:
     """`follow` for states as they are, compiled."""
     mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
@@ -375,23 +449,42 @@ def run(
         out = follow_to_undo(table, denoiser, x - mean, base, args, checkpoints.max_defect)
     else:
         through = None if through is None else through - mean
-        options = {"given": given, "through": through, "moves": moves}
+        options = {"given": given, "through": through, "moves": moves, "unroll": unroll}
         out = follow(table, denoiser, x - mean, base, args, key, checkpoints, **options)
     return Walked(out.x + mean, None if out.base is None else out.base + mean, out.noise)
 
 
 @eqx.filter_jit
-def _undo(denoiser: Any, table: Table, x: Array, args: Any, checkpoints: Any, iterations: int) -> Array:
-    """Undo steps of order 1, the last first: x = (x' - out m(x)) / keep, by iteration."""
+def _undo(
+    denoiser: Any, table: Table, x: Array, args: Any, checkpoints: Any, iterations: int, unroll: int
+) -> tuple[Array, Array]:
+    """Undo steps of order 1, the last first: x = (x' - out m(x)) / keep, by iteration, and whether that converged.
+
+    An iteration starts with the noise that undid the step before.
+    """
     mean = jnp.asarray(denoiser.schedule.mean, x.dtype)
     rows = jax.tree.map(lambda a: a[::-1], table.cast(x.dtype))
+    tolerance = max(_DEFECT, 16 * float(jnp.finfo(x.dtype).eps))
 
-    def undone(after: Array, row: Table) -> tuple[Array, None]:
-        def improve(before: Array, _: None) -> tuple[Array, None]:
-            out = read(row, denoiser, row.t, before, args)
-            return (after - row.out[0] * out) / row.keep, None
+    def undone(carry: tuple[Array, Array, Array], row: Table) -> tuple[tuple[Array, Array, Array], None]:
+        after, noise, okay = carry
+        before = lambda noise: (after - row.out[0] * noise) / row.keep
 
-        return jax.lax.scan(improve, after, None, iterations)
+        def improve(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+            noise = carry[1]
+            return (noise, read(row, denoiser, row.t, before(noise), args)), None
 
-    x, _ = checkpointed_scan(undone, x - mean, rows, table.num_rows, checkpoints)
-    return x + mean
+        (last, noise), _ = jax.lax.scan(
+            improve, (noise, noise), None, iterations, unroll=iterations if unroll > 1 else 1
+        )
+        new = before(noise)
+        moved, size = (jnp.abs(jax.lax.stop_gradient(a)).max() for a in (new - before(last), new))
+        return (new, noise, okay & (moved <= tolerance * size)), None
+
+    x = x - mean
+    noise = read(table, denoiser, rows.t[0], x, args)
+    start = (x, noise, jnp.isfinite(x).all())
+    (x, _, okay), _ = checkpointed_scan(undone, start, rows, table.num_rows, checkpoints, unroll)
+    # Not a number rather than a wrong one, derivatives too.
+    flag = jnp.asarray(okay, x.dtype)
+    return x * (flag / flag) + mean, okay

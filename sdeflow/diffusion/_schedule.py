@@ -75,6 +75,11 @@ class AbstractSchedule(eqx.Module):
     mean: ClassVar[Any] = 0.0
     scale: ClassVar[Any] = 1.0
 
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether there is pure noise at ``t_max``."""
+        return False
+
     @abc.abstractmethod
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""

@@ -21,12 +21,26 @@ import math
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from .._compat import is_concrete
 from ._schedule import AbstractSchedule, cell, module_of, number
+
+# What is taken for the signal where there is none: as small as that of the steps of discrete models, and not 0.
+_LOG_FLOOR = -12 * math.log(2)
+_FLOOR = 2.0**-12
+
+
+def _kept_up(left: Any, t_max: float) -> Any:
+    """What is left of a signal that ends at ``t_max = 1``, kept from being 0 there; derivatives are as they were."""
+    if t_max < 1:
+        return left
+    xp, left = module_of(left)
+    up = xp.maximum(left, xp.asarray(_FLOOR, left.dtype))
+    return up if xp is np else left + jax.lax.stop_gradient(up - left)
 
 
 class _Preserving(AbstractSchedule):
@@ -146,10 +160,11 @@ class Cosine(_Preserving):
 
     Arguments:
         offset: s, so that sigma does not vanish too fast at 0.
-        t_min, t_max: where samplers end and start; at t = 1 there is no signal.
+        t_min, t_max: where samplers end and start. At t = 1 there is no signal: with t_max = 1 it counts as 2^-12 of
+            what it falls by in a unit of time.
 
     Raises:
-        ValueError: for a negative offset, or times that are not ordered or reach 1.
+        ValueError: for a negative offset, or times that are not ordered or go beyond 1.
 
     Example:
         >>> import sdeflow as sf
@@ -164,8 +179,8 @@ class Cosine(_Preserving):
     def __check_init__(self):
         object.__setattr__(self, "offset", number(self.offset, "offset"))
         self._check_span()
-        if self.offset < 0 or self.t_max >= 1:
-            raise ValueError(f"Cosine needs offset >= 0 and t_max < 1, got {self.offset} and {self.t_max}.")
+        if self.offset < 0 or self.t_max > 1:
+            raise ValueError(f"Cosine needs offset >= 0 and t_max <= 1, got {self.offset} and {self.t_max}.")
 
     @property
     def _first(self) -> float:
@@ -174,12 +189,17 @@ class Cosine(_Preserving):
     def _turned(self, t: Any) -> Any:
         return math.pi / 2 / (1 + self.offset) * t
 
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether there is pure noise at ``t_max``."""
+        return self.t_max >= 1
+
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""
         xp, t = module_of(t)
         # Near 0 the cosine is 1 less rounding, near the end so is sigma.
         near = xp.log1p(-xp.exp(2 * self.log_sigma(xp.minimum(t, 0.5)))) / 2
-        far = xp.log(xp.sin(self._turned(1 - t))) - math.log(math.cos(self._first))
+        far = xp.log(xp.sin(self._turned(_kept_up(1 - t, self.t_max)))) - math.log(math.cos(self._first))
         return xp.where(t < 0.5, near, far)
 
     def log_sigma(self, t: Any) -> Any:
@@ -284,10 +304,10 @@ class Flow(AbstractSchedule):
     """Straight lines from data to noise: alpha = 1 - t, sigma = t.
 
     Arguments:
-        t_min, t_max: where samplers end and start; at t = 1 there is no signal.
+        t_min, t_max: where samplers end and start. At t = 1 there is no signal: with t_max = 1 it counts as 2^-12.
 
     Raises:
-        ValueError: for times that are not ordered or reach 1.
+        ValueError: for times that are not ordered or go beyond 1.
 
     Example:
         >>> import sdeflow as sf
@@ -300,13 +320,18 @@ class Flow(AbstractSchedule):
 
     def __check_init__(self):
         self._check_span()
-        if self.t_max >= 1:
-            raise ValueError(f"Flow needs t_max < 1, where there is no signal left, got {self.t_max}.")
+        if self.t_max > 1:
+            raise ValueError(f"Flow ends at t = 1, where there is no signal left, got t_max={self.t_max}.")
+
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether there is pure noise at ``t_max``."""
+        return self.t_max >= 1
 
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""
         xp, t = module_of(t)
-        return xp.log1p(-t)
+        return xp.log1p(-t) if self.t_max < 1 else xp.log(_kept_up(1 - t, self.t_max))
 
     def log_sigma(self, t: Any) -> Any:
         """The logarithm of the noise's standard deviation."""
@@ -325,7 +350,8 @@ class Tabulated(_Preserving):
     At t = 0 there is no noise. The label of such a model at time t is i = N t - 1.
 
     Arguments:
-        betas: N numbers between 0 and 1, e.g. ``numpy.linspace(1e-4, 0.02, 1000)``.
+        betas: N numbers between 0 and 1, e.g. ``numpy.linspace(1e-4, 0.02, 1000)``. The last may be 1, which leaves no
+            signal; alpha counts as 2^-12 at t = 1 then.
         t_min, t_max: where samplers end and start; by default the first and the last knot.
 
     Raises:
@@ -347,8 +373,15 @@ class Tabulated(_Preserving):
         if not is_concrete(betas):
             raise TypeError("betas must be numbers that are known before tracing.")
         table = np.asarray(betas, np.float64)
-        if table.ndim != 1 or table.size < 2 or not ((table > 0) & (table < 1)).all():
+        if table.ndim != 1 or table.size < 2:
             raise ValueError(f"betas must be at least two numbers between 0 and 1, got shape {table.shape}.")
+        wrong = ~((table > 0) & (table < 1) & np.isfinite(table))
+        wrong[-1] &= table[-1] != 1
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            raise ValueError(
+                f"betas must lie between 0 and 1, only the last may be 1; betas[{i}]={table[i]:g} does not."
+            )
         if table[0] > 0.5 and table[-1] < table[0]:
             raise ValueError(
                 f"betas fall from {table[0]:g} to {table[-1]:g}, as products of 1 - beta do: of these, a, pass "
@@ -363,7 +396,17 @@ class Tabulated(_Preserving):
     def _knots(self) -> tuple[np.ndarray, np.ndarray]:
         # From the data on, so that there is no noise at t = 0.
         count = len(self.betas)
-        return np.arange(count + 1) / count, np.append(0.0, np.cumsum(np.log1p(-np.asarray(self.betas))) / 2)
+        betas = np.asarray(self.betas)
+        none_left = betas[-1] == 1
+        log_alpha = np.append(0.0, np.cumsum(np.log1p(-betas[: count - none_left])) / 2)
+        if none_left:
+            log_alpha = np.append(log_alpha, min(_LOG_FLOOR, log_alpha[-1] - math.log(2)))
+        return np.arange(count + 1) / count, log_alpha
+
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether there is pure noise at ``t_max``."""
+        return self.betas[-1] == 1 and self.t_max >= 1
 
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""
@@ -431,6 +474,11 @@ class MeanReverting(AbstractSchedule):
     def t_max(self) -> float:
         """Where samplers start."""
         return self.schedule.t_max
+
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether there is pure noise at ``t_max``."""
+        return self.schedule.ends_without_signal
 
     def log_alpha(self, t: Any) -> Any:
         """The logarithm of the signal's amplitude."""

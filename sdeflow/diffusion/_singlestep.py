@@ -101,12 +101,13 @@ class Singlestep(AbstractSampler):
 
     def table(self, schedule: AbstractSchedule, times: Any, grid: Any, num_steps: int | None = None) -> Table:
         """The table of this sampler."""
-        points = Points.at(schedule, times)
+        points = Points.along(schedule, times)
         count, xp = len(points) - 1, module_of(points.l)[0]
+        clean = points.noiseless
         kinds: list[Any] = [self.method or self.order] * count
         if self.fast:
             kinds = list(_fast_orders(num_steps))  # pyright: ignore[reportArgumentType]
-        if points.noiseless or (self.method is not None and self.lower_order_final):
+        if clean is True or (self.method is not None and self.lower_order_final):
             kinds[-1] = "euler" if self.method is not None else 1
         begins, start = (points[:-1], None) if not self.churn else self._churned(schedule, points)
         parts: dict[str, list[Any]] = {"t": [], "keep": [], "out": []}
@@ -120,30 +121,42 @@ class Singlestep(AbstractSampler):
                 parts[name].append((rows, value.reshape(-1, *value.shape[2:])))
         width = max(sizes)
         t, keep, out = joined(parts["t"]), joined(parts["keep"]), joined(parts["out"], width)
-        fresh = np.zeros(sum(sizes), bool)
+        fresh: Any = np.zeros(sum(sizes), bool)
         fresh[first_row] = True
+        if not isinstance(clean, bool):
+            # Traced times may end without noise: then the last step has one stage, and further rows do nothing.
+            a, b, stages = begins[-1], points[-1], sizes[-1]
+            whole, weight = (0.0, xp.exp(b.log_alpha)) if self.reads == "data" else _to_data(xp, a, b)
+            only = np.arange(stages) == 0
+            t = t.at[-stages:].set(xp.where(clean, a.t, t[-stages:]))
+            keep = keep.at[-stages:].set(xp.where(clean, xp.where(only, whole, 1), keep[-stages:]))
+            first = only[:, None] & (np.arange(width) == 0)
+            out = out.at[-stages:].set(xp.where(clean, xp.where(first, weight, 0), out[-stages:]))
+            fresh = xp.where(clean & (np.arange(len(fresh)) >= len(fresh) - stages), True, fresh)
         noise = None
         if start is not None:
             # The noise that the next step begins with is added where a step ends.
             ends = first_row[1:] - 1
             grow = xp.exp(begins.log_alpha - points.log_alpha[:-1])
-            factor, noise = np.ones(len(fresh)), np.zeros(len(fresh))
-            factor[ends], noise[ends] = grow[1:], start[1:]
+            among = lambda default, values: joined(
+                [(ends.tolist(), values), ([*set(range(len(fresh))) - set(ends.tolist())], default)]
+            )
+            rest = len(fresh) - len(ends)
+            factor, noise = among(xp.ones(rest), grow[1:]), among(xp.zeros(rest), start[1:])
             keep, out = keep * factor, out * factor[:, None]
             start = (grow[0], start[0])
         return Table(t, keep, out, noise, fresh=fresh, reads=self.reads, width=width, start=start)
 
     def _churned(self, schedule: AbstractSchedule, points: Points) -> tuple[Points, Any]:
         """Where steps begin once noise has been added, and the deviations of that noise."""
-        if not isinstance(points.l, np.ndarray):
-            raise ValueError("churn needs times that are known before tracing.")  # noqa: TRY004
-        rho = np.exp(-points.l[:-1])
+        xp, _ = module_of(points.l)
+        rho = xp.exp(-points.l[:-1])
         inside = (rho >= self.churn_from) & (rho <= self.churn_to)
-        gamma = np.where(inside, min(self.churn / len(rho), math.sqrt(2) - 1), 0.0)
+        gamma = xp.where(inside, min(self.churn / len(rho), math.sqrt(2) - 1), 0.0)
         raised = Points.at(
-            schedule, np.where(gamma > 0, schedule.t_of_log_snr(-np.log(rho * (1 + gamma))), points.t[:-1])
+            schedule, xp.where(gamma > 0, schedule.t_of_log_snr(-xp.log(rho * (1 + gamma))), points.t[:-1])
         )
-        size = np.exp(raised.log_alpha) * self.churn_noise * rho * np.sqrt(gamma * (2 + gamma))
+        size = xp.exp(raised.log_alpha) * self.churn_noise * rho * xp.sqrt(gamma * (2 + gamma))
         return raised, size
 
     def _stages(self, schedule: AbstractSchedule, a: Points, b: Points, kind: Any, grid: Any) -> tuple[Any, Any, Any]:
@@ -190,6 +203,12 @@ class Singlestep(AbstractSampler):
         slope, bend = r[1] / r[0] * two[1], two[2] / r[1]
         rows = [first, [one[1] - slope, slope], [one[2] - bend, xp.zeros_like(bend), bend]]
         return _stacked(xp, [a, *inner], grow, rows)
+
+
+def _to_data(xp: Any, a: Points, b: Points) -> tuple[Any, Any]:
+    """The step of order 1 that reads noise and ends without any."""
+    keep = xp.exp(b.log_alpha - a.log_alpha)
+    return keep, -keep * xp.exp(a.log_sigma)
 
 
 def _stacked(xp: Any, places: list[Points], grow: list[Any], rows: list[list[Any]]) -> tuple[Any, Any, Any]:

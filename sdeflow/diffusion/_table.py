@@ -88,27 +88,46 @@ class Table(eqx.Module):
 
 
 class Points(eqx.Module):
-    """Times with what the schedule says of them."""
+    """Times with what the schedule says of them; ``clean`` is where there is no noise."""
 
     t: Any
     log_alpha: Any
     log_sigma: Any
     l: Any
+    clean: Any
 
     @classmethod
     def at(cls, schedule: AbstractSchedule, t: Any) -> "Points":
         """The points at these times."""
         with np.errstate(divide="ignore"):
             log_alpha, log_sigma = schedule.log_alpha(t), schedule.log_sigma(t)
-            return cls(t, log_alpha, log_sigma, log_alpha - log_sigma)
+            l = log_alpha - log_sigma
+            return cls(t, log_alpha, log_sigma, l, module_of(l)[0].isposinf(l))
+
+    @classmethod
+    def along(cls, schedule: AbstractSchedule, times: Any) -> "Points":
+        """The points between the steps of a sampler.
+
+        Where traced times end without noise, the last point has finite numbers of a time nearby in place of infinite
+        ones, which what is made of them leaves out: derivatives in the other times stay finite, that in the end is 0.
+        """
+        if isinstance(times, np.ndarray):
+            return cls.at(schedule, times)
+        end = cls.at(schedule, jax.lax.stop_gradient(times[-1:]))
+        clean = end.clean[0]
+        near = jax.lax.stop_gradient(times[-2]) / 2
+        points = cls.at(schedule, times.at[-1].set(jnp.where(clean, near, times[-1])))
+        log_alpha = points.log_alpha.at[-1].set(jnp.where(clean, end.log_alpha[0], points.log_alpha[-1]))
+        marks = jnp.zeros(times.shape, bool).at[-1].set(clean)
+        return cls(times, log_alpha, points.log_sigma, points.l, marks)
 
     def __getitem__(self, i: Any) -> "Points":
-        return Points(self.t[i], self.log_alpha[i], self.log_sigma[i], self.l[i])
+        return Points(self.t[i], self.log_alpha[i], self.log_sigma[i], self.l[i], self.clean[i])
 
     @property
-    def noiseless(self) -> bool:
-        """Whether it is known that there is no noise at the last point."""
-        return isinstance(self.l, np.ndarray) and not np.isfinite(self.l[-1])
+    def noiseless(self) -> Any:
+        """Whether there is no noise at the last point; traced for traced times."""
+        return bool(self.clean[-1]) if isinstance(self.clean, np.ndarray) else self.clean[-1]
 
     def __len__(self) -> int:
         return self.t.shape[0]
@@ -147,6 +166,7 @@ def follow(
     given: Array | None = None,
     through: Array | None = None,
     moves: Any = None,
+    unroll: int = 1,
 ) -> Walked:
     """Follow the rows of a table.
 
@@ -157,6 +177,7 @@ def follow(
         given: shape (num_draws, *state), noise to take instead.
         through: of the same shape, states that noise is to lead through, which is then returned.
         moves: what else moves the state, between steps; only where each step is one row.
+        unroll: how many rows are written out in the body of the loop.
     """
     table = table.cast(x.dtype)
     if moves is not None:
@@ -176,7 +197,8 @@ def follow(
         x = factor * x + size * first
     holds = table.back is not None or table.fresh is not None
     base = (x if base is None else base) if holds else None
-    outputs = jnp.zeros((table.width, *x.shape), x.dtype)
+    # Anything finite that lies where the state lies: weights of outputs that are not there yet are 0.
+    outputs = jnp.broadcast_to(x, (table.width, *x.shape))
     rows = (table.t, table.keep, table.out, table.noise, table.fix, table.back, table.fresh, table.offset,
             table.fix_offset, table.read_x, table.read_noise, normals, moves.rows if moves else None)  # fmt: skip
 
@@ -206,7 +228,7 @@ def follow(
             new = moves.after(move, new, args, (t, x))
         return (new, begun if holds else None, outputs), normal if through is not None else None
 
-    (x, base, _), led = checkpointed_scan(body, (x, base, outputs), rows, table.num_rows, checkpoints)
+    (x, base, _), led = checkpointed_scan(body, (x, base, outputs), rows, table.num_rows, checkpoints, unroll)
     if found is not None:
         led = jnp.concatenate([found[None], led])
     return Walked(x, base, led)

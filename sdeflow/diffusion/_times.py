@@ -71,7 +71,8 @@ def check_grid(grid: Any) -> None:
 def knots(schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: Any, t_start: Any = None) -> Any:
     """The times between steps, N + 1 of them: a float64 NumPy array, or a traced one for a traced grid.
 
-    Where the noise vanishes at ``t_end`` (log(alpha / sigma) is infinite) the last step leads there from ``t_min``.
+    Where the noise vanishes at ``t_end`` (log(alpha / sigma) is infinite) equal steps in t or sqrt(t) go all the way;
+    on the other grids, whose coordinate is of no use there, the last step leads there from ``t_min``.
 
     Raises:
         ValueError: if the number of steps is missing or given twice, the end lies outside of the schedule, or the times
@@ -90,7 +91,7 @@ def knots(schedule: AbstractSchedule, num_steps: int | None, grid: Any, t_end: A
     if not 0 <= end < start:
         name = "t_max" if t_start is None else "t_start"
         raise ValueError(f"t_end must lie between 0 and {name}={start:g}, got {end:g}.")
-    clean = noiseless(schedule, end)
+    clean = grid in ("logsnr", "edm") and noiseless(schedule, end)
     last = schedule.t_min if clean else end
     steps = count - 1 if clean else count
     if clean and not 0 < last < start:
@@ -139,10 +140,13 @@ def _given(schedule: AbstractSchedule, num_steps: int | None, grid: Grid, t_end:
         )
     if np.ndim(grid.left) != 1:
         raise ValueError("a batch of grids is for jax.vmap: sample takes one grid at a time.")
-    if not is_concrete(grid.live) or not np.asarray(grid.live).all():
-        raise ValueError("sample takes a Grid without padding, its `live` known before tracing: make one by sf.grids.")
-    if not is_concrete(grid.left, grid.right):
-        return jnp.append(grid.left[:1], grid.right)
+    if is_concrete(grid.live) and not np.asarray(grid.live).all():
+        raise ValueError("sample takes a Grid without padding: make one by sf.grids.")
+    if not is_concrete(grid.left, grid.right, grid.live):
+        times = jnp.append(grid.left[:1], grid.right)
+        # What would be an error outside of a trace is NaN within; a first time that is learned may pass t_max a little.
+        right = jnp.all(grid.live) & jnp.all(times[1:] < times[:-1]) & (times[-1] >= 0)
+        return times * jnp.where(right, 1, jnp.nan)
     times = np.append(np.asarray(grid.left[:1], np.float64), np.asarray(grid.right, np.float64))
     if not (np.diff(times) < 0).all():
         raise ValueError(
@@ -156,13 +160,18 @@ def _given(schedule: AbstractSchedule, num_steps: int | None, grid: Grid, t_end:
     return times
 
 
-def drops_order(l: Any) -> bool:
-    """Whether the last steps of a multistep sampler should be of lower order on this grid.
+def drops_order(l: Any, clean: Any = False) -> Any:
+    """Whether the last steps of a multistep sampler should be of lower order on this grid: traced for a traced grid.
 
     So it is where the last step is much longer in log(alpha / sigma) than the one before, as on a grid with equal steps
-    in t: a polynomial through far nodes would be extrapolated. Not where steps are even, and not for a traced grid.
+    in t: a polynomial through far nodes would be extrapolated. Not where steps are even.
+
+    Arguments:
+        l: log(alpha / sigma) between steps.
+        clean: whether there is no noise at the end, where l is infinite.
     """
-    if not isinstance(l, np.ndarray) or len(l) < 3:
+    if len(l) < 3:
         return False
-    gaps = np.abs(np.diff(l))
-    return bool(gaps[-1] > 2 * gaps[-2])
+    # A little more than 2, so that twice as long is judged alike whatever the rounding.
+    longer = abs(l[-1] - l[-2]) > 2.001 * abs(l[-2] - l[-3])
+    return bool(longer or clean) if isinstance(l, np.ndarray) else longer | clean

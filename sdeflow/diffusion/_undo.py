@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
+from .._compat import varies_over, vary
 from ..adjoints._attach import Flags, attach
 from ..adjoints._freeze import freeze
 from ..adjoints._lanes import Lanes, add, zeros
@@ -45,7 +46,9 @@ def follow_to_undo(
     Arguments:
         max_defect: gradients are NaN where the start is missed by more, relative to its size.
     """
-    table = table.cast(x.dtype)
+    # Within jax.shard_map all of them have to vary alike.
+    alike = lambda a: vary(a, varies_over(x))
+    table, base = jtu.tree_map(alike, (table.cast(x.dtype), base))
     ahead = lambda x, base: follow(table, denoiser, x, base, args, None, None)
     final = freeze(eqx.filter_closure_convert(ahead, x, base))(*freeze((x, base)))
 

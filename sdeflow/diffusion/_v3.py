@@ -21,7 +21,6 @@ from ._multistep import AbstractSampler, adams, check_order
 from ._schedule import AbstractSchedule, module_of
 from ._statistics import Curves, Statistics
 from ._table import Points, Table
-from ._times import drops_order
 from ._weights import basis, rule_on
 
 
@@ -64,11 +63,10 @@ class DPMSolverV3(AbstractSampler):
         """The table of this sampler."""
         curves = self.statistics.curves()
         # Statistics that are traced make a traced table.
-        points = Points.at(schedule, times if isinstance(curves.knots, np.ndarray) else jnp.asarray(times))
+        points = Points.along(schedule, times if isinstance(curves.knots, np.ndarray) else jnp.asarray(times))
         xp, _ = module_of(points.l)
-        lower = drops_order(points.l) if self.lower_order_final is None else self.lower_order_final
         form = FittedForm(points, curves, self.pseudo)
-        columns = adams(form, points, self.order, lower, self.corrector)
+        columns = adams(form, points, self.order, self.lower_order_final, self.corrector)
         rho = xp.exp(-points.l[:-1])
         l = curves.at(points.l[:-1])[0]
         read_x = -l / widen(xp.exp(points.log_alpha[:-1]), l)

@@ -13,23 +13,30 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._compat import varies_over, vary
 from ._row import Carry, FallibleStep, Rows, first_carry, step_row
 
 Checkpoints = Literal["step", "sqrt"] | int | None
 
 
-def checkpointed_scan(f: Callable, carry: Any, xs: Any, length: int, checkpoints: Checkpoints) -> tuple[Any, Any]:
+def checkpointed_scan(
+    f: Callable, carry: Any, xs: Any, length: int, checkpoints: Checkpoints, unroll: int = 1
+) -> tuple[Any, Any]:
     """``lax.scan(f, carry, xs)`` under a checkpointing policy.
 
     Arguments:
         checkpoints: None stores what every step needs; "step" stores the carry before every step; "sqrt" or a number
             stores the carry before every segment, with about sqrt(length) or that many segments.
+        unroll: how many steps are written out in the body of the loop.
     """
+    carry = _as_after(f, carry, xs)
+    whole_way = unroll >= length
     if checkpoints is None:
-        return jax.lax.scan(f, carry, xs, length)
-    step = jax.checkpoint(f, prevent_cse=False)
+        return jax.lax.scan(f, carry, xs, length, unroll=min(unroll, length))
+    # Where no loop is left, nothing else keeps the compiler from undoing the recomputation.
+    step = jax.checkpoint(f, prevent_cse=whole_way)
     if checkpoints == "step":
-        return jax.lax.scan(step, carry, xs, length)
+        return jax.lax.scan(step, carry, xs, length, unroll=min(unroll, length))
     segments = math.isqrt(length - 1) + 1 if checkpoints == "sqrt" else min(int(checkpoints), length)
     size = -(-length // segments)
     whole = length // size
@@ -38,9 +45,11 @@ def checkpointed_scan(f: Callable, carry: Any, xs: Any, length: int, checkpoints
     tail = jtu.tree_map(lambda x: x[whole * size :], xs)
 
     def segment(carry: Any, xs: Any, size: int = size) -> tuple[Any, Any]:
-        return jax.lax.scan(step, carry, xs, size)
+        return jax.lax.scan(step, carry, xs, size, unroll=min(unroll, size))
 
-    carry, out = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), carry, head, whole)
+    carry, out = jax.lax.scan(
+        jax.checkpoint(segment, prevent_cse=whole_way), carry, head, whole, unroll=whole if whole_way else 1
+    )
     out = jtu.tree_map(lambda x: x.reshape(whole * size, *x.shape[2:]), out)
     rest = length - whole * size
     if rest:
@@ -48,6 +57,23 @@ def checkpointed_scan(f: Callable, carry: Any, xs: Any, length: int, checkpoints
         carry, last = jax.checkpoint(lambda c, x: segment(c, x, rest))(carry, tail)
         out = jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), out, last)
     return carry, out
+
+
+def _as_after(f: Callable, carry: Any, xs: Any) -> Any:
+    """Within ``jax.shard_map``: the carry, varying over the axes of the mesh that it varies over after a step."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return carry
+    while True:
+        after: list[Any] = []
+
+        def step(carry: Any, row: Any, after: list[Any] = after) -> None:
+            after[:] = map(varies_over, jtu.tree_leaves(f(carry, row)[0]))
+
+        jax.eval_shape(step, carry, jtu.tree_map(lambda x: x[0], xs))
+        leaves, treedef = jtu.tree_flatten(carry)
+        if not any(axes - varies_over(x) for x, axes in zip(leaves, after)):
+            return carry
+        carry = treedef.unflatten([vary(x, axes) for x, axes in zip(leaves, after)])
 
 
 def walk(
