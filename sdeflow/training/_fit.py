@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._compat import SdeflowWarning
 from .._results import RESULTS, message_of
-from ._file import check_writable
+from ._file import check_writable, locate
 from ._interrupts import Interrupts
 from ._loop import Loop, Plan
 from ._progress import make_progress
@@ -121,7 +121,7 @@ def fit(
         raise ValueError("fit was given patience= or validate_every= without validation=; give validation data.")
     if callable(callbacks) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"fit was given callbacks={callbacks!r}; give a list of callables of one `Event`.")
-    path = None if checkpoint is None else Path(checkpoint)
+    path = None if checkpoint is None else locate(checkpoint)
     if path is not None:
         check_writable(path)
 
