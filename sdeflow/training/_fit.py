@@ -69,8 +69,8 @@ def fit(
             keys and with the weights that the loss has at the last step. A score is the mean over batches,
             each weighted by the sum of its ``weight`` (by its rows if it has none).
         patience: stop after this many evaluations without a better validation loss.
-        callbacks: called with an `Event` after every step; True from one of them stops training. A loop with
-            callbacks waits for each step's loss.
+        callbacks: called with an `Event` after every step; True from one of them (a truth value of Python, NumPy
+            or JAX) stops training. A loop with callbacks waits for each step's loss.
         checkpoint: a file to save to and, if it exists, to resume from: the result is bitwise that of a run
             that was never stopped. Read a trained model back with ``load_checkpoint(path, model,
             part="best")`` (or "last").

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._compat import SdeflowWarning
@@ -162,8 +163,9 @@ class Loop:
             self.fixed.static,
         )
         for callback in self.plan.callbacks:
-            if callback(event) is True and not self.stop:
-                self.stop = f"{getattr(callback, '__name__', type(callback).__name__)} asked to stop"
+            name = getattr(callback, "__name__", type(callback).__name__)
+            if _asks_to_stop(callback(event), name) and not self.stop:
+                self.stop = f"{name} asked to stop"
 
     # -------------------------------------------------------------------------------------------- validation
 
@@ -221,6 +223,16 @@ class Loop:
         names = pairs[0][0][1]
         metrics = {n: math.fsum(w * float(found[n]) for (_, found), w in pairs) / total for n in names}
         return math.fsum(w * float(value) for (value, _), w in pairs) / total, metrics
+
+
+def _asks_to_stop(answer: Any, name: str) -> bool:
+    """Read a callback's answer: None or a truth value, of Python, NumPy or JAX."""
+    if answer is None:
+        return False
+    value = np.asarray(answer) if isinstance(answer, bool | int | np.generic | np.ndarray | jax.Array) else None
+    if value is None or value.shape != () or value.dtype.kind not in "biu" or value not in (0, 1):
+        raise TypeError(f"The callback {name} returned {answer!r}; return True to stop, or False or None to go on.")
+    return bool(value)
 
 
 def _is_ready(report: dict[str, Any]) -> bool:

@@ -270,6 +270,24 @@ def test_patience_stops_after_evaluations_without_improvement():
 # --------------------------------------------------------------------------------------- callbacks and faults
 
 
+@pytest.mark.parametrize("answer", [np.True_, np.array(True), jnp.array(True), 1, np.int32(1)], ids=repr)
+def test_any_truth_value_of_a_callback_stops(answer):
+    found = run(steps=5, callbacks=[lambda event: answer])
+    assert len(found.history["loss"]) == 1
+    assert "asked to stop" in found.message
+
+
+@pytest.mark.parametrize("answer", [None, False, np.False_, jnp.array(False), 0], ids=repr)
+def test_any_other_truth_value_goes_on(answer):
+    assert len(run(steps=3, callbacks=[lambda event: answer]).history["loss"]) == 3
+
+
+@pytest.mark.parametrize("answer", ["no", 2, 0.3, np.ones(2, bool), jnp.array(0.0), [], {}], ids=repr)
+def test_an_answer_that_is_no_truth_value_is_refused(answer):
+    with pytest.raises(TypeError, match="return True to stop"):
+        run(steps=3, callbacks=[lambda event: answer])
+
+
 def test_callbacks_see_every_step_and_can_stop():
     seen = []
 
