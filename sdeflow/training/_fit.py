@@ -67,7 +67,9 @@ def fit(
         key: one PRNG key.
         validation: data like ``data``, scored with the same loss, in inference mode, always with the same
             keys and with the weights that the loss has at the last step. A score is the mean over batches,
-            each weighted by the sum of its ``weight`` (by its rows if it has none).
+            each weighted by the sum of its ``weight`` (by its rows if it has none; arrays of one length that
+            all batches share, such as a grid of times, are no rows). A score that is not finite is warned of,
+            and is neither the best nor counted by ``patience``; if none is finite, the result says so.
         patience: stop after this many evaluations without a better validation loss.
         callbacks: called with an `Event` after every step; True from one of them (a truth value of Python, NumPy
             or JAX) stops training. A loop with callbacks waits for each step's loss.
@@ -174,6 +176,8 @@ def _finish(loop: Loop, interrupted: bool) -> FitResult:
         warnings.warn(f"The loss or its gradient was not finite at {where}. {message_of(result)}", SdeflowWarning, 3)
     elif interrupted:
         result, message = RESULTS.interrupted, f"interrupted after {done}."
+    elif loop.validated_step >= 0 and loop.best is None:
+        result, message = RESULTS.nonfinite_validation, f"no finite validation loss in {done}."
     else:
         result = RESULTS.successful
         message = f"successful: {done}" + (f", {loop.stop}." if loop.stop else ".")

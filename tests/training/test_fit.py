@@ -596,3 +596,82 @@ def test_batches_that_are_on_devices_stay_there():
             yield batch
 
     assert equal(run(data=OnDevice()).model, run(data=OnHost()).model)
+
+
+# ------------------------------------------------------------------------------------ complex numbers, validation
+
+
+def test_complex_parameters_go_downhill():
+    target = lambda w, batch, key, step: (jnp.sum(jnp.abs(w - jnp.array([1 + 1j, -2j])) ** 2), {})
+    found = run(model=jnp.zeros(2, jnp.complex64), loss=target, optim=optax.sgd(0.1), steps=60)
+    np.testing.assert_allclose(found.model, [1 + 1j, -2j], atol=1e-4)
+    # The value function of a line search sees the same numbers.
+    found = run(model=jnp.zeros(2, jnp.complex64), loss=target, optim=optax.adam(0.1), steps=300)
+    np.testing.assert_allclose(found.model, [1 + 1j, -2j], atol=1e-2)
+
+
+class Given:
+    """Batches as they are given."""
+
+    def __init__(self, *batches):
+        self.given = batches
+
+    def batches(self, size, key):
+        return iter(self.given)
+
+
+def _mean(model, batch, key, step):
+    return jnp.mean(batch["x"]) + 0 * jnp.sum(model), {}
+
+
+@pytest.mark.parametrize("name", ["a_grid", "zgrid"])
+def test_validation_batches_are_weighted_by_their_rows(name):
+    grid = np.linspace(0, 1, 100)
+    rows = lambda count, value: {name: grid, "x": np.full((count, 1), value, np.float32)}
+    data = Given(rows(30, 1.0), rows(2, 31.0))
+    found = run(model=jnp.ones(3), data=data, loss=_mean, steps=2, validation=data)
+    np.testing.assert_allclose(found.history["validation_loss"], (30 * 1 + 2 * 31) / 32)
+    data = Given(rows(2, 1.0), rows(2, 31.0))
+    found = run(model=jnp.ones(3), data=data, loss=_mean, steps=2, validation=data)
+    np.testing.assert_allclose(found.history["validation_loss"], 16.0)
+
+
+def test_a_number_of_rows_that_cannot_be_told_is_refused():
+    ragged = lambda n, m: {"x": np.ones((n, 1), np.float32), "y": np.ones((m, 1), np.float32)}
+    with pytest.raises(ValueError, match="give it a `weight`"):
+        run(
+            model=jnp.ones(3),
+            loss=_mean,
+            data=Given(ragged(2, 2)),
+            steps=2,
+            validation=Given(ragged(2, 3), ragged(3, 2)),
+        )
+
+
+def test_a_validation_loss_that_is_not_finite_is_named_and_no_reason_to_stop():
+    validation = Full(16, seed=3)
+    validation.x[5] = np.nan
+    with pytest.warns(SdeflowWarning, match="not finite in batch"):
+        found = run(model=mlp(), validation=validation, steps=12, patience=2, validate_every=2)
+    assert len(found.history["loss"]) == 12
+    assert found.result == RESULTS.nonfinite_validation
+    assert "no finite validation loss" in repr(found)
+    assert found.best_step is None
+
+
+class Named(eqx.Module):
+    inference: eqx.nn.Linear
+    drop: eqx.nn.Dropout
+
+    def __call__(self, x):
+        return jnp.sum(self.drop(self.inference(x), key=jr.key(0)))
+
+
+def test_a_layer_called_inference_is_no_switch():
+    model = Named(eqx.nn.Linear(3, 2, key=jr.key(0)), eqx.nn.Dropout(0.5))
+    found = run(model=model, validation=Full(8), steps=3)
+    whole = eqx.tree_at(lambda m: m.drop.inference, found.model, True)
+    key = jr.fold_in(jr.key(7), 2)
+    (batch,) = Full(8).batches(8, key)
+    score, _ = squares(whole, batch, jr.fold_in(key, 0), 2)
+    np.testing.assert_allclose(found.history["validation_loss"][-1], score, rtol=1e-5)
