@@ -22,8 +22,9 @@ Weight = float | Callable[[Any], Any]
 class AbstractLoss(eqx.Module):
     """A loss: ``loss(model, batch, key, step) -> (scalar, metrics)``, added, subtracted and scaled.
 
-    ``A + B``, ``A - B``, ``-A``, ``weight * A`` and ``A / number`` are losses. A factor is a finite number or an optax schedule (a callable of the step). A regulariser of
-    `sdeflow.regularisers` and any callable of the same signature may be added too.
+    ``A + B``, ``A - B``, ``-A``, ``weight * A`` and ``A / number`` are losses. A factor is a finite number or an optax
+    schedule (a callable of the step). A regulariser of `sdeflow.regularisers` and any callable of the same signature
+    may be added too.
     """
 
     @abc.abstractmethod
