@@ -4,7 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ from ._interrupts import Interrupts
 from ._loop import Loop, Plan
 from ._progress import make_progress
 from ._result import Event, FitResult
-from ._saving import is_torn, resume, save
+from ._saving import is_torn, save, take_up
 from ._step import start
 from ._sum import name_of
 
@@ -45,6 +45,7 @@ def fit(
     validate_every: int | None = None,
     checkpoint_every: int | None = None,
     skip_nonfinite: int = 0,
+    resume: Literal["same", "anyway"] = "same",
 ) -> FitResult:
     r"""Minimise a loss over the floating-point arrays of a model.
 
@@ -80,6 +81,9 @@ def fit(
         validate_every: steps between evaluations; once an epoch if None, and always after the last step.
         checkpoint_every: steps between saves; a tenth of ``steps`` if None, but at most 1000.
         skip_nonfinite: how many nonfinite steps in a row to skip before giving up.
+        resume: "same" refuses a checkpoint of another run: other data (by their ``fingerprint()``, else by their first
+            batch), another loss (its code, and what it closes over), optimiser, key or start, or other leaves that are
+            not trained. "anyway" goes on from it all the same.
 
     Returns:
         A `FitResult`. Ctrl-C saves the state and returns what there is, with ``RESULTS.interrupted``; a
@@ -116,6 +120,8 @@ def fit(
     loss = _check_loss(loss)
     _check_model(model)
     _check_key(key)
+    if resume not in ("same", "anyway"):
+        raise ValueError(f'fit was given resume={resume!r}; give "same" or "anyway".')
     for name, source in (("data", data), ("validation", validation)):
         if not callable(getattr(source, "batches", None)) and not (name == "validation" and source is None):
             raise TypeError(f"fit was given {name}={_type(source)}; it needs a method `.batches(size, key)`.")
@@ -141,11 +147,13 @@ def fit(
         path,
         max(1, min(1000, steps // 10)) if checkpoint_every is None else _count("checkpoint_every", checkpoint_every),
         None if validate_every is None else _count("validate_every", validate_every),
+        resume,
     )
     fixed, state = start(model, loss, optim, key_loss, skip_nonfinite)
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
-        loop = Loop(plan, fixed, state, make_progress(False, 0, 0), interrupts)
-        resume(loop)
+        untrained = eqx.filter(model, eqx.is_inexact_array, inverse=True)
+        loop = Loop(plan, fixed, state, untrained, make_progress(False, 0, 0), interrupts)
+        take_up(loop)
         loop.progress = make_progress(progress, steps, loop.step)
         stack.callback(loop.progress.close)
         interrupted = False
@@ -184,7 +192,7 @@ def _finish(loop: Loop, interrupted: bool) -> FitResult:
     history = loop.history.arrays()
     _warn_of_failed_solves(history)
     params = loop.state.params if loop.best is None else loop.best
-    model = eqx.combine(params, loop.fixed.static)
+    model = eqx.combine(params, loop.untrained)
     at = None if failure is None else {n: getattr(failure, n) for n in ("step", "epoch", "position", "ids")}
     fitted = FitResult(model, history, result, loop.step, message, loop.best_step, at)
     if plan.checkpoint is not None and loop.save_error is not None and loop.saved is None:
@@ -255,9 +263,9 @@ def _check_model(model: PyTree) -> None:
     if not trained:
         have = ", ".join(f"{name}: {_type(leaf)}" for name, leaf in leaves[:8]) or "no leaves"
         raise ValueError(f"The model has no floating-point array to train ({have}); make its parameters jax arrays.")
-    bad = [name for name, leaf in trained if not bool(jnp.isfinite(leaf).all())]
+    bad = [name for name, leaf in trained if bool(jnp.isnan(leaf).any())]
     if bad:
-        raise ValueError(f"The model starts with NaN or infinite parameters in {', '.join(bad)}; initialise them anew.")
+        raise ValueError(f"The model starts with NaN in the parameters {', '.join(bad)}; initialise them anew.")
 
 
 def _check_key(key: Any) -> None:

@@ -44,6 +44,7 @@ class Plan:
     checkpoint: Path | None
     checkpoint_every: int
     validate_every: int | None
+    resume: str = "same"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,19 @@ class _Ahead:
 class Loop:
     """A run of `fit`: mutable, private, and gone when `fit` returns."""
 
-    def __init__(self, plan: Plan, fixed: Fixed, state: TrainState, progress: Progress, interrupts: Interrupts):
+    def __init__(
+        self,
+        plan: Plan,
+        fixed: Fixed,
+        state: TrainState,
+        untrained: PyTree,
+        progress: Progress,
+        interrupts: Interrupts,
+    ):
         self.plan, self.fixed, self.state = plan, fixed, state
+        # The leaves that are not trained, as the caller gave them: what is returned and saved.
+        self.untrained = untrained
+        self.identity: dict[str, Any] = {}
         self.progress, self.interrupts = progress, interrupts
         self.history = History()
         self.step = self.epoch = self.position = 0
@@ -161,7 +173,7 @@ class Loop:
             float(report["loss"]),
             _floats(report["metrics"]),
             self.state.params,
-            self.fixed.static,
+            self.untrained,
         )
         for callback in self.plan.callbacks:
             name = getattr(callback, "__name__", type(callback).__name__)

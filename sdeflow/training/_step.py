@@ -42,7 +42,9 @@ class Fixed(eqx.Module):
 
 def fresh(tree: PyTree) -> PyTree:
     """A copy of every array of ``tree`` in a buffer of its own, strongly typed, so that it may be donated."""
-    return jtu.tree_map(lambda x: jnp.array(x, dtype=x.dtype) if eqx.is_array(x) else x, tree)
+    # 64 bits of the host become 32 where JAX has no more, as in any other program.
+    copy = lambda x: jnp.array(x, dtype=x.dtype if isinstance(x, jax.Array) else jax.dtypes.canonicalize_dtype(x.dtype))
+    return jtu.tree_map(lambda x: copy(x) if eqx.is_array(x) else x, tree)
 
 
 def start(model: PyTree, loss: Any, optim: Any, key: PRNGKeyArray, skip: int) -> tuple[Fixed, TrainState]:
@@ -76,7 +78,7 @@ def train_step(read: tuple[Fixed, PyTree], state: TrainState) -> tuple[TrainStat
     new_params = optax.apply_updates(state.params, updates)
     new_opt = eqx.filter(new_opt, eqx.is_array)
 
-    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads)) & _all_finite(new_params)
+    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads)) & _still_finite(new_params, state.params)
     okay = finite & ~state.failed
     streak = jnp.where(okay, 0, state.streak + 1)
     failed = state.failed | (streak > fixed.skip)
@@ -145,8 +147,10 @@ def batch_weights(sizes: Sequence[float | tuple[int, ...]]) -> list[float]:
     return [weigh(size) for size in sizes]
 
 
-def _all_finite(tree: PyTree) -> Bool[Array, ""]:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(tree)]))
+def _still_finite(new: PyTree, old: PyTree) -> Bool[Array, ""]:
+    """Whether every entry is finite, or the infinity that it was: a mask of -inf, say, that is never trained."""
+    good = jtu.tree_map(lambda n, o: jnp.all(jnp.isfinite(n) | (n == o)), new, old)
+    return jnp.all(jnp.stack(jtu.tree_leaves(good)))
 
 
 def _choose(okay: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:

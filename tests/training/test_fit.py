@@ -486,7 +486,7 @@ def test_bad_arguments_are_refused_with_a_sentence(case):
 
 def test_nan_parameters_are_named():
     model = eqx.tree_at(lambda m: m.layers[1].bias, mlp(), jnp.full((), jnp.nan), is_leaf=lambda x: x is None)
-    with pytest.raises(ValueError, match=r"infinite parameters in \.layers\[1\]\.bias;"):
+    with pytest.raises(ValueError, match=r"NaN in the parameters \.layers\[1\]\.bias;"):
         run(model)
 
 
