@@ -55,6 +55,10 @@ with warnings.catch_warnings():
             "The training loss was infinite or NaN. Lower the learning rate or clip gradients; "
             "the best parameters so far were kept."
         )
+        nonfinite_validation = (
+            "No validation loss was finite, so the last parameters were returned. Look for NaN in the validation data, "
+            'and see history["validation_loss"].'
+        )
         interrupted = "Training was interrupted. The state so far was kept."
         degenerate_diffusion = (
             "The divergence of two path laws is infinite or NaN while the solution is finite: the diffusion is 0 "

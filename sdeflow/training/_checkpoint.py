@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._describe import class_path, describe
-from ._file import CheckpointError, encode, read, write
+from ._file import CheckpointError, encode, locate, read, write
 
 _T = TypeVar("_T")
 _PACKAGES = ("sdeflow", "jax", "diffrax", "equinox", "optax", "numpy")
@@ -23,7 +23,7 @@ _SHOWN = 8
 
 def save_checkpoint(path: str | Path, tree: PyTree, *, meta: Mapping[str, Any] | None = None) -> None:
     """Write the arrays of ``tree`` to one file, atomically; the file it replaces is kept beside it as
-    ``.prev``.
+    ``.prev``. A symbolic link stays: the file that it points to is replaced.
 
     Arguments:
         path: the file; its directory must exist.
@@ -33,7 +33,8 @@ def save_checkpoint(path: str | Path, tree: PyTree, *, meta: Mapping[str, Any] |
 
     Raises:
         OSError: the file could not be written; what was there before is untouched.
-        TypeError: ``meta`` has no JSON form.
+        TypeError: ``meta`` has no JSON form, or an array could not be read back (text, objects, records, dates,
+            masked numbers); nothing is written then.
         ValueError: two leaves of ``tree`` have the same path.
 
     Example:
@@ -47,14 +48,15 @@ def save_checkpoint(path: str | Path, tree: PyTree, *, meta: Mapping[str, Any] |
         >>> tree["w"].tolist(), meta
         ([0.0, 1.0, 2.0], {'note': 'first'})
     """
-    path = Path(path)
+    path = locate(path)
+    chunks = contents(tree, meta or {}, class_path(tree))
     keep = True
     if path.exists():
         try:
             keep = read(path)[2]
         except CheckpointError:
             keep = False  # what is damaged must not take the place of a good `.prev`
-    write(path, contents(tree, meta or {}, class_path(tree)), keep=keep)
+    write(path, chunks, keep=keep)
 
 
 def load_checkpoint(path: str | Path, like: _T, *, part: str | None = None) -> tuple[_T, dict[str, Any]]:
@@ -74,8 +76,9 @@ def load_checkpoint(path: str | Path, like: _T, *, part: str | None = None) -> t
 
     A damaged file gives way to its ``.prev`` with a `SdeflowWarning`.
     """
-    header, arrays, _ = read(Path(path))
-    return rebuild(header, arrays, like, Path(path), part), header["meta"]
+    path = locate(path)
+    header, arrays, _ = read(path)
+    return rebuild(header, arrays, like, path, part), header["meta"]
 
 
 def contents(tree: PyTree, meta: Mapping[str, Any], model_class: str) -> list[Any]:
@@ -171,7 +174,8 @@ def _is_key(leaf: Any) -> bool:
 def _to_host(leaf: Any) -> tuple[np.ndarray, str | None]:
     if _is_key(leaf):
         return np.asarray(jax.random.key_data(leaf)), str(jax.random.key_impl(leaf))
-    return np.asarray(leaf), None
+    # Masked arrays stay as they are, so that they can be refused.
+    return np.asanyarray(leaf) if isinstance(leaf, np.ma.MaskedArray) else np.asarray(leaf), None
 
 
 def _from_host(array: np.ndarray, impl: str | None, like: Any) -> Any:

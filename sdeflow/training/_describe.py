@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import types
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,13 @@ _LIBRARIES = {"jax", "jaxlib", "equinox", "diffrax", "optax", "numpy", "lineax",
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
-def describe(tree: Any, *, code: bool = True, values: bool = False) -> Description:
+def describe(tree: Any, *, code: bool | Literal["all"] = True, values: bool = False) -> Description:
     """List (path, text) for everything of ``tree`` that is not an array.
 
     Arguments:
         tree: modules, dataclasses, containers, functions and numbers, nested in any way.
-        code: tell unnamed functions of the user apart by their byte code as well as by name.
+        code: tell unnamed functions of the user apart by their byte code as well as by name; "all" does so for every
+            function that is not a library's.
         values: describe arrays too, by a digest of their content.
 
     Example:
@@ -43,12 +44,18 @@ def describe(tree: Any, *, code: bool = True, values: bool = False) -> Descripti
     return out
 
 
+def digest_of(tree: Any) -> str:
+    """A digest of all arrays and numbers of a tree, with their paths."""
+    text = repr(describe(tree, values=True))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def class_path(x: Any) -> str:
     """``module.Class`` of an object."""
     return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
-def _walk(x: Any, path: str, out: Description, above: tuple, code: bool, values: bool) -> None:
+def _walk(x: Any, path: str, out: Description, above: tuple, code: Any, values: bool) -> None:
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         if values:
             out.append((path, _array_text(x)))
@@ -95,7 +102,7 @@ def _walk(x: Any, path: str, out: Description, above: tuple, code: bool, values:
             below(aux, f"{path}.<static>", values=True)
 
 
-def _function(x: Any, path: str, out: Description, below: Any, code: bool) -> None:
+def _function(x: Any, path: str, out: Description, below: Any, code: Any) -> None:
     """A function: its name, the code of one that has no name of its own, and all that it closes over."""
     name = _name(x)
     inner = x
@@ -105,13 +112,13 @@ def _function(x: Any, path: str, out: Description, below: Any, code: bool) -> No
     inner = getattr(inner, "__func__", inner)
     own = getattr(inner, "__code__", None)
     local = "<lambda>" in name or "<locals>" in name
-    if code and local and own is not None and name.split(".")[0] not in _LIBRARIES:
-        name = f"{name} with code {_code_digest(own)}"
+    if (code == "all" or (code and local)) and own is not None and name.split(".")[0] not in _LIBRARIES:
+        name = f"{name} with code {_code_digest(own, getattr(inner, '__doc__', None))}"
     out.append((path, name))
     if owner is not None and not isinstance(owner, types.ModuleType):
         below(owner, f"{path}.__self__", values=True)
     for part in ("__defaults__", "__kwdefaults__"):
-        if local and getattr(inner, part, None):
+        if (local or code == "all") and getattr(inner, part, None):
             below(getattr(inner, part), f"{path}.{part}", values=True)
     for cell_name, cell in zip(own.co_freevars if own else (), getattr(inner, "__closure__", None) or ()):
         try:
@@ -130,9 +137,10 @@ def _name(x: Any) -> str:
     return f"{root}.{name}" if root in _LIBRARIES else f"{module}.{name}"
 
 
-def _code_digest(code: types.CodeType) -> str:
+def _code_digest(code: types.CodeType, doc: str | None = None) -> str:
     digest = hashlib.sha256(code.co_code)
-    for part in (*code.co_consts, *code.co_names):
+    constants = code.co_consts[1:] if doc is not None and code.co_consts[:1] == (doc,) else code.co_consts
+    for part in (*constants, *code.co_names):
         digest.update((_code_digest(part) if isinstance(part, types.CodeType) else repr(part)).encode())
     return digest.hexdigest()[:12]
 

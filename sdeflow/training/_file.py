@@ -32,6 +32,7 @@ _NUMBERS = struct.Struct("<IQ")
 _START = len(MAGIC) + _NUMBERS.size
 _DIGEST = hashlib.sha256().digest_size
 _STALE_SECONDS = 3600.0
+_CHUNK = 2**22
 
 
 class CheckpointError(ValueError):
@@ -42,13 +43,24 @@ class DamagedError(CheckpointError):
     """The bytes are not those that were written (or were never a checkpoint)."""
 
 
+def locate(path: str | Path) -> Path:
+    """The file itself: absolute, so that changing the working directory moves nothing, with links followed."""
+    return Path(os.path.realpath(path))
+
+
 def previous(path: Path) -> Path:
     """Where the file that ``path`` replaced is kept."""
     return path.with_name(path.name + ".prev")
 
 
 def encode(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[Any]:
-    """The file as a list of buffers; the header gets the list of (name, shape, dtype) under "leaves"."""
+    """The file as a list of buffers; the header gets the list of (name, shape, dtype) under "leaves".
+
+    Raises:
+        TypeError: an array could not be read back: text, objects, records, dates, or numbers with a mask.
+    """
+    for name, array in arrays.items():
+        _check_readable(name, array)
     arrays = {name: _plain(array) for name, array in arrays.items()}
     leaves = [[name, list(array.shape), array.dtype.name] for name, array in arrays.items()]
     text = json.dumps({**header, "leaves": leaves}).encode()
@@ -76,7 +88,9 @@ def decode(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarra
     header = json.loads(data[_START : _START + length])
     arrays, offset = {}, _START + length
     for name, shape, dtype in header["leaves"]:
-        kind = jnp.dtype(dtype)
+        kind = _number_type(dtype)
+        if kind is None:
+            raise DamagedError(f"{where} cannot be read: its leaf {name or 'the whole'} is {dtype}, not numbers.")
         count = math.prod(shape)
         # A copy: a view would keep the whole file in memory, and could not be written to.
         array = np.frombuffer(data, _little(kind), count, offset).astype(kind)
@@ -108,8 +122,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], bool]:
 def write(path: Path, chunks: Iterable[Any], *, keep: bool) -> None:
     """Replace ``path`` by the chunks and their digest in one atomic step.
 
-    The data is on the disk before the name points to it. With ``keep`` the old file stays as ``.prev``; it is
-    linked, not moved, so that at no moment neither name exists.
+    The data is on the disk, and was read back from there, before the name points to it. With ``keep`` the old file
+    stays as ``.prev``; it is linked, not moved, so that at no moment neither name exists.
+
+    Raises:
+        OSError: the file could not be written, or does not hold what was written; ``path`` is untouched.
     """
     temp = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     digest = hashlib.sha256()
@@ -121,6 +138,7 @@ def write(path: Path, chunks: Iterable[Any], *, keep: bool) -> None:
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
+        _verify(temp, digest.digest())
         if keep and path.exists():
             link = temp.with_suffix(".link")
             try:
@@ -171,6 +189,18 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
+def _verify(path: Path, digest: bytes) -> None:
+    """Read a file that was just written, and compare it with the digest at its end."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size - _DIGEST
+        while left > 0 and (chunk := file.read(min(left, _CHUNK))):
+            found.update(chunk)
+            left -= len(chunk)
+        if found.digest() != digest or file.read() != digest:
+            raise OSError(errno.EIO, "the file does not hold what was written to it; check the disk", str(path))
+
+
 def _sync_directory(directory: Path) -> None:
     if os.name == "nt":  # Windows has no handle on a directory to sync
         return
@@ -184,8 +214,31 @@ def _sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
+def _number_type(name: str) -> np.dtype | None:
+    """The type of numbers of this name, the small floats of JAX among them; None for anything else."""
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        return None
+    return dtype if dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.number) else None
+
+
+def _check_readable(name: str, array: np.ndarray) -> None:
+    leaf = name or "the whole"
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"A checkpoint holds no masked arrays, but {leaf} is one: keep its data and its mask as two arrays."
+        )
+    if array.dtype.names is not None or _number_type(array.dtype.name) is None:
+        raise TypeError(
+            f"A checkpoint holds arrays of numbers, but {leaf} has dtype {array.dtype}: keep text as strings outside "
+            "of arrays or in meta=, records as one array a field, and dates as numbers."
+        )
+
+
 def _little(dtype: np.dtype) -> np.dtype:
-    return dtype.newbyteorder("<") if sys.byteorder == "big" else dtype
+    swapped = dtype.byteorder == ">" or (dtype.byteorder == "=" and sys.byteorder == "big")
+    return dtype.newbyteorder("<") if swapped else dtype
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -16,12 +16,12 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._compat import SdeflowWarning
 from .._results import RESULTS, message_of
-from ._file import check_writable
+from ._file import check_writable, locate
 from ._interrupts import Interrupts
 from ._loop import Loop, Plan
 from ._progress import make_progress
 from ._result import Event, FitResult
-from ._saving import is_torn, resume, save
+from ._saving import is_torn, save, take_up
 from ._step import start
 from ._sum import name_of
 
@@ -45,6 +45,7 @@ def fit(
     validate_every: int | None = None,
     checkpoint_every: int | None = None,
     skip_nonfinite: int = 0,
+    resume: Literal["same", "anyway"] = "same",
 ) -> FitResult:
     r"""Minimise a loss over the floating-point arrays of a model.
 
@@ -67,10 +68,12 @@ def fit(
         key: one PRNG key.
         validation: data like ``data``, scored with the same loss, in inference mode, always with the same
             keys and with the weights that the loss has at the last step. A score is the mean over batches,
-            each weighted by the sum of its ``weight`` (by its rows if it has none).
+            each weighted by the sum of its ``weight`` (by its rows if it has none; arrays of one length that
+            all batches share, such as a grid of times, are no rows). A score that is not finite is warned of,
+            and is neither the best nor counted by ``patience``; if none is finite, the result says so.
         patience: stop after this many evaluations without a better validation loss.
-        callbacks: called with an `Event` after every step; True from one of them stops training. A loop with
-            callbacks waits for each step's loss.
+        callbacks: called with an `Event` after every step; True from one of them (a truth value of Python, NumPy
+            or JAX) stops training. A loop with callbacks waits for each step's loss.
         checkpoint: a file to save to and, if it exists, to resume from: the result is bitwise that of a run
             that was never stopped. Read a trained model back with ``load_checkpoint(path, model,
             part="best")`` (or "last").
@@ -78,6 +81,9 @@ def fit(
         validate_every: steps between evaluations; once an epoch if None, and always after the last step.
         checkpoint_every: steps between saves; a tenth of ``steps`` if None, but at most 1000.
         skip_nonfinite: how many nonfinite steps in a row to skip before giving up.
+        resume: "same" refuses a checkpoint of another run: other data (by their ``fingerprint()``, else by their first
+            batch), another loss (its code, and what it closes over), optimiser, key or start, or other leaves that are
+            not trained. "anyway" goes on from it all the same.
 
     Returns:
         A `FitResult`. Ctrl-C saves the state and returns what there is, with ``RESULTS.interrupted``; a
@@ -114,6 +120,8 @@ def fit(
     loss = _check_loss(loss)
     _check_model(model)
     _check_key(key)
+    if resume not in ("same", "anyway"):
+        raise ValueError(f'fit was given resume={resume!r}; give "same" or "anyway".')
     for name, source in (("data", data), ("validation", validation)):
         if not callable(getattr(source, "batches", None)) and not (name == "validation" and source is None):
             raise TypeError(f"fit was given {name}={_type(source)}; it needs a method `.batches(size, key)`.")
@@ -121,7 +129,7 @@ def fit(
         raise ValueError("fit was given patience= or validate_every= without validation=; give validation data.")
     if callable(callbacks) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"fit was given callbacks={callbacks!r}; give a list of callables of one `Event`.")
-    path = None if checkpoint is None else Path(checkpoint)
+    path = None if checkpoint is None else locate(checkpoint)
     if path is not None:
         check_writable(path)
 
@@ -139,11 +147,13 @@ def fit(
         path,
         max(1, min(1000, steps // 10)) if checkpoint_every is None else _count("checkpoint_every", checkpoint_every),
         None if validate_every is None else _count("validate_every", validate_every),
+        resume,
     )
     fixed, state = start(model, loss, optim, key_loss, skip_nonfinite)
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
-        loop = Loop(plan, fixed, state, make_progress(False, 0, 0), interrupts)
-        resume(loop)
+        untrained = eqx.filter(model, eqx.is_inexact_array, inverse=True)
+        loop = Loop(plan, fixed, state, untrained, make_progress(False, 0, 0), interrupts)
+        take_up(loop)
         loop.progress = make_progress(progress, steps, loop.step)
         stack.callback(loop.progress.close)
         interrupted = False
@@ -174,13 +184,15 @@ def _finish(loop: Loop, interrupted: bool) -> FitResult:
         warnings.warn(f"The loss or its gradient was not finite at {where}. {message_of(result)}", SdeflowWarning, 3)
     elif interrupted:
         result, message = RESULTS.interrupted, f"interrupted after {done}."
+    elif loop.validated_step >= 0 and loop.best is None:
+        result, message = RESULTS.nonfinite_validation, f"no finite validation loss in {done}."
     else:
         result = RESULTS.successful
         message = f"successful: {done}" + (f", {loop.stop}." if loop.stop else ".")
     history = loop.history.arrays()
     _warn_of_failed_solves(history)
     params = loop.state.params if loop.best is None else loop.best
-    model = eqx.combine(params, loop.fixed.static)
+    model = eqx.combine(params, loop.untrained)
     at = None if failure is None else {n: getattr(failure, n) for n in ("step", "epoch", "position", "ids")}
     fitted = FitResult(model, history, result, loop.step, message, loop.best_step, at)
     if plan.checkpoint is not None and loop.save_error is not None and loop.saved is None:
@@ -251,9 +263,9 @@ def _check_model(model: PyTree) -> None:
     if not trained:
         have = ", ".join(f"{name}: {_type(leaf)}" for name, leaf in leaves[:8]) or "no leaves"
         raise ValueError(f"The model has no floating-point array to train ({have}); make its parameters jax arrays.")
-    bad = [name for name, leaf in trained if not bool(jnp.isfinite(leaf).all())]
+    bad = [name for name, leaf in trained if bool(jnp.isnan(leaf).any())]
     if bad:
-        raise ValueError(f"The model starts with NaN or infinite parameters in {', '.join(bad)}; initialise them anew.")
+        raise ValueError(f"The model starts with NaN in the parameters {', '.join(bad)}; initialise them anew.")
 
 
 def _check_key(key: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._compat import SdeflowWarning
@@ -20,7 +21,7 @@ from ._progress import Progress
 from ._result import Event
 from ._rows import field
 from ._saving import save
-from ._step import Fixed, TrainState, batch_weight, evaluate, fresh, to_arrays, train_step
+from ._step import Fixed, TrainState, batch_size, batch_weights, evaluate, fresh, to_arrays, train_step
 
 # How many steps may be under way before the host waits for the oldest; so also how late a nonfinite loss is
 # noticed.
@@ -43,6 +44,7 @@ class Plan:
     checkpoint: Path | None
     checkpoint_every: int
     validate_every: int | None
+    resume: str = "same"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,19 @@ class _Ahead:
 class Loop:
     """A run of `fit`: mutable, private, and gone when `fit` returns."""
 
-    def __init__(self, plan: Plan, fixed: Fixed, state: TrainState, progress: Progress, interrupts: Interrupts):
+    def __init__(
+        self,
+        plan: Plan,
+        fixed: Fixed,
+        state: TrainState,
+        untrained: PyTree,
+        progress: Progress,
+        interrupts: Interrupts,
+    ):
         self.plan, self.fixed, self.state = plan, fixed, state
+        # The leaves that are not trained, as the caller gave them: what is returned and saved.
+        self.untrained = untrained
+        self.identity: dict[str, Any] = {}
         self.progress, self.interrupts = progress, interrupts
         self.history = History()
         self.step = self.epoch = self.position = 0
@@ -72,6 +85,7 @@ class Loop:
         self.saved: tuple[int, ...] | None = None
         self.save_error: OSError | None = None
         self.keep_previous = True
+        self._warned_of_validation = False
         self._ahead: collections.deque[_Ahead] = collections.deque()
 
     # ---------------------------------------------------------------------------------------------- training
@@ -159,11 +173,12 @@ class Loop:
             float(report["loss"]),
             _floats(report["metrics"]),
             self.state.params,
-            self.fixed.static,
+            self.untrained,
         )
         for callback in self.plan.callbacks:
-            if callback(event) is True and not self.stop:
-                self.stop = f"{getattr(callback, '__name__', type(callback).__name__)} asked to stop"
+            name = getattr(callback, "__name__", type(callback).__name__)
+            if _asks_to_stop(callback(event), name) and not self.stop:
+                self.stop = f"{name} asked to stop"
 
     # -------------------------------------------------------------------------------------------- validation
 
@@ -188,10 +203,23 @@ class Loop:
         self.history.add_validation(step, loss, metrics)
         if loss < self.best_value:  # never true of NaN
             self.best, self.best_value, self.best_step, self.stale = fresh(self.state.params), loss, step, 0
-        else:
+        elif math.isfinite(loss):
+            # A score that is not finite says nothing about progress; `fit` warns of it instead.
             self.stale += 1
         self.validated_step = step
         self._check_patience()
+
+    def _warn_of_validation(self, bad: list[int], count: int) -> None:
+        if self._warned_of_validation:
+            return
+        self._warned_of_validation = True
+        shown = f"batch {bad[0]}" if len(bad) == 1 else f"{len(bad)} batches, the first of them batch {bad[0]},"
+        warnings.warn(
+            f"The validation loss after {self.step} steps is not finite in {shown} of {count}: look for NaN or "
+            "infinite values there. Such a score is neither the best nor counted by patience.",
+            SdeflowWarning,
+            stacklevel=6,
+        )
 
     def _check_patience(self) -> None:
         if self.plan.patience is not None and self.stale >= self.plan.patience and not self.stop:
@@ -201,7 +229,7 @@ class Loop:
         plan = self.plan
         # Weights that depend on the step are those of the last one, so that evaluations can be compared.
         step = jnp.asarray(plan.steps - 1, jnp.int32)
-        scores, weights = [], []
+        scores, sizes = [], []
         with warnings.catch_warnings():
             # Less validation data than one batch is no mistake.
             warnings.simplefilter("ignore", SdeflowWarning)
@@ -210,17 +238,32 @@ class Loop:
             key = jax.random.fold_in(plan.key_validation, index)
             arrays = to_arrays(batch)
             scores.append(evaluate(self.fixed, self.state.params, arrays, key, step))
-            weights.append(batch_weight(arrays))
+            sizes.append(batch_size(arrays))
             self.interrupts.check()
+        weights = batch_weights(sizes)
         total = math.fsum(weights)
         if total <= 0:
             raise ValueError(
                 f"The validation data yielded {len(weights)} batches of total weight {total}; give at least one row."
             )
-        pairs = [(pair, w) for pair, w in zip(jax.device_get(scores), weights) if w > 0]
+        scores = jax.device_get(scores)
+        bad = [i for i, ((value, _), w) in enumerate(zip(scores, weights)) if w > 0 and not np.isfinite(value)]
+        if bad:
+            self._warn_of_validation(bad, len(scores))
+        pairs = [(pair, w) for pair, w in zip(scores, weights) if w > 0]
         names = pairs[0][0][1]
         metrics = {n: math.fsum(w * float(found[n]) for (_, found), w in pairs) / total for n in names}
         return math.fsum(w * float(value) for (value, _), w in pairs) / total, metrics
+
+
+def _asks_to_stop(answer: Any, name: str) -> bool:
+    """Read a callback's answer: None or a truth value, of Python, NumPy or JAX."""
+    if answer is None:
+        return False
+    value = np.asarray(answer) if isinstance(answer, bool | int | np.generic | np.ndarray | jax.Array) else None
+    if value is None or value.shape != () or value.dtype.kind not in "biu" or value not in (0, 1):
+        raise TypeError(f"The callback {name} returned {answer!r}; return True to stop, or False or None to go on.")
+    return bool(value)
 
 
 def _is_ready(report: dict[str, Any]) -> bool:

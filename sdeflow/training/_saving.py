@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import itertools
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,13 @@ import numpy as np
 
 from .._compat import SdeflowWarning
 from ._checkpoint import contents, rebuild, versions
-from ._describe import class_path, describe
+from ._describe import class_path, describe, digest_of
 from ._file import CheckpointError, previous, read, write
 from ._history import History
-from ._step import Fixed, TrainState, fresh
+from ._step import TrainState, fresh
 
 if TYPE_CHECKING:
-    from ._loop import Loop, Plan
+    from ._loop import Loop
 
 _AFRESH = "To start afresh, delete the file and its .prev, or give another `checkpoint=`."
 
@@ -31,7 +32,7 @@ def save(loop: "Loop") -> None:
     path = loop.plan.checkpoint
     if path is None or loop.saved == loop.mark() or is_torn(loop):
         return
-    model = eqx.combine(loop.state.params, loop.fixed.static)
+    model = eqx.combine(loop.state.params, loop.untrained)
     tree = {
         "last": model,
         "optimiser": eqx.combine(loop.state.opt_state, loop.fixed.opt_static),
@@ -39,7 +40,7 @@ def save(loop: "Loop") -> None:
         "history": loop.history.arrays(before=loop.step),
     }
     if loop.best is not None:
-        tree["best"] = eqx.combine(loop.best, loop.fixed.static)
+        tree["best"] = eqx.combine(loop.best, loop.untrained)
     meta = {
         "step": loop.step,
         "epoch": loop.epoch,
@@ -48,7 +49,7 @@ def save(loop: "Loop") -> None:
         "best_step": loop.best_step,
         "stale": loop.stale,
         "validated_step": loop.validated_step,
-        "run": _run(loop.plan, loop.fixed),
+        "run": loop.identity,
     }
     try:
         write(path, contents(tree, meta, class_path(model)), keep=loop.keep_previous)
@@ -64,26 +65,31 @@ def save(loop: "Loop") -> None:
         loop.saved, loop.save_error, loop.keep_previous = loop.mark(), None, True
 
 
-def resume(loop: "Loop") -> None:
+def take_up(loop: "Loop") -> None:
     """Take up the state of the checkpoint, if there is one.
 
     Raises:
         CheckpointError: the checkpoint belongs to another run, or is damaged.
     """
     path = loop.plan.checkpoint
-    if path is None or not (path.exists() or previous(path).exists()):
+    if path is None:
+        return
+    run, leaves = _identity(loop), _leaves(loop)
+    loop.identity = {**run, **leaves}
+    if not (path.exists() or previous(path).exists()):
         return
     header, arrays, good = read(path)
     meta = header["meta"]
     if not isinstance(meta, dict) or "run" not in meta:
         raise CheckpointError(f"The checkpoint {str(path)!r} was not written by `fit`; give another path.")
-    _compare(meta["run"], _run(loop.plan, loop.fixed), header["versions"], path)
+    if loop.plan.resume != "anyway":
+        _compare(meta["run"], run, header["versions"], path)
     if meta["step"] > loop.plan.steps:
         raise CheckpointError(
             f"The checkpoint {str(path)!r} is at step {meta['step']} but steps={loop.plan.steps}; "
             f"ask for at least as many. {_AFRESH}"
         )
-    model = eqx.combine(loop.state.params, loop.fixed.static)
+    model = eqx.combine(loop.state.params, loop.untrained)
     optimiser = eqx.combine(loop.state.opt_state, loop.fixed.opt_static)
     try:
         model = rebuild(header, arrays, model, path, "last")
@@ -91,14 +97,17 @@ def resume(loop: "Loop") -> None:
         best = None if meta["best_step"] is None else rebuild(header, arrays, model, path, "best")
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_AFRESH}") from None
+    if loop.plan.resume != "anyway":
+        _compare(meta["run"], leaves, header["versions"], path)
     if best is not None:
         loop.best = fresh(eqx.filter(best, eqx.is_inexact_array))
         loop.best_value, loop.best_step = meta["best_value"], meta["best_step"]
-    params, static = eqx.partition(fresh(model), eqx.is_inexact_array)
+    # The leaves that are not trained stay those of the caller; unless resumed anyway, they are equal to the file's.
+    params = fresh(eqx.filter(model, eqx.is_inexact_array))
     opt_state, opt_static = eqx.partition(fresh(optimiser), eqx.is_array)
     step, streak = (jnp.asarray(x, jnp.int32) for x in (meta["step"], arrays["['streak']"]))
     loop.state = TrainState(params, opt_state, step, streak, jnp.zeros((), bool))
-    loop.fixed = dataclasses.replace(loop.fixed, static=static, opt_static=opt_static)
+    loop.fixed = dataclasses.replace(loop.fixed, opt_static=opt_static)
     start = "['history']["
     loop.history = History({ast.literal_eval(n[len(start) : -1]): a for n, a in arrays.items() if n.startswith(start)})
     loop.step, loop.epoch, loop.position = meta["step"], meta["epoch"], meta["position"]
@@ -107,31 +116,49 @@ def resume(loop: "Loop") -> None:
     loop.keep_previous = good  # a damaged file must not take the place of the good one before it
 
 
-def _run(plan: "Plan", fixed: Fixed) -> dict[str, Any]:
+def _identity(loop: "Loop") -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
+    plan, fixed = loop.plan, loop.fixed
     typed = jnp.issubdtype(plan.key.dtype, jax.dtypes.prng_key)
+    listed = lambda tree, **options: [list(entry) for entry in describe(tree, values=True, **options)]
     return {
         "batch_size": plan.batch_size,
         "validate_every": plan.validate_every,
         "key": np.asarray(jax.random.key_data(plan.key) if typed else plan.key).tolist(),
         "key implementation": str(jax.random.key_impl(plan.key)) if typed else "raw",
-        "data": _fingerprint(plan.data),
-        "validation": _fingerprint(plan.validation),
-        "loss": [list(entry) for entry in describe(fixed.loss, code=False, values=True)],
-        "optim": [list(entry) for entry in describe(fixed.optim, values=True)],
+        "data": _fingerprint(plan.data, plan.batch_size, jax.random.fold_in(plan.key_data, 0)),
+        "validation": _fingerprint(plan.validation, plan.batch_size, plan.key_validation),
+        "loss": listed(fixed.loss, code="all"),
+        "optim": listed(fixed.optim),
     }
 
 
+def _leaves(loop: "Loop") -> dict[str, Any]:
+    """The arrays that a run began with; compared after the structure of the model, whose differences say more."""
+    arrays = lambda tree: [list(entry) for entry in describe(eqx.filter(tree, eqx.is_array), values=True)]
+    return {"untrained leaves": arrays(loop.untrained), "start": arrays(loop.state.params)}
+
+
 def _compare(saved: dict[str, Any], now: dict[str, Any], written: dict[str, str], path: Path) -> None:
-    now = dict(now)
+    now = {name: value for name, value in now.items() if name in saved}
     if written.get("optax") != versions()["optax"]:
-        now.pop("optim")  # its inner names belong to the release; the optimiser's state is still compared
+        now.pop("optim", None)  # its inner names belong to the release; the optimiser's state is still compared
+    if written.get("python") != versions()["python"]:
+        # Byte code belongs to the release of Python.
+        saved, now = ({**run, "loss": _without_code(run.get("loss"))} for run in (saved, now))
     differ = [name for name in now if saved.get(name) != now[name]]
     if differ:
         what = ", ".join(_difference(name, saved.get(name), now[name]) for name in differ)
         raise CheckpointError(
-            f"The checkpoint {str(path)!r} belongs to another run: {what}. Make them equal to resume. {_AFRESH}"
+            f"The checkpoint {str(path)!r} belongs to another run: {what}. Make them equal to resume, or pass "
+            f'resume="anyway" to go on from it all the same. {_AFRESH}'
         )
+
+
+def _without_code(entries: Any) -> Any:
+    if not isinstance(entries, list):
+        return entries
+    return [entry and [re.sub(r" with code [0-9a-f]{12}$", "", part) for part in entry] for entry in entries]
 
 
 def is_torn(loop: "Loop") -> bool:
@@ -141,16 +168,21 @@ def is_torn(loop: "Loop") -> bool:
     return int(loop.state.step) != loop.step or loop.history.num_steps < loop.step
 
 
-def _fingerprint(data: Any) -> str | None:
+def _fingerprint(data: Any, size: int, key: Any) -> str | None:
+    """What tells data apart: their own fingerprint, or a digest of their first batch."""
     if data is None:
         return None
-    return str(data.fingerprint()) if callable(getattr(data, "fingerprint", None)) else "unknown"
+    if callable(getattr(data, "fingerprint", None)):
+        return str(data.fingerprint())
+    return f"first batch {digest_of(next(iter(data.batches(size, key=key)), None))}"
 
 
 def _difference(name: str, saved: Any, now: Any) -> str:
-    if isinstance(now, list) and name in ("loss", "optim") and isinstance(saved, list):
+    if isinstance(now, list) and name in ("loss", "optim", "untrained leaves", "start") and isinstance(saved, list):
         for one, two in itertools.zip_longest(saved, now):
             if one != two:
+                if _without_code([one]) != _without_code([two]):
+                    one, two = *_without_code([one]), *_without_code([two])
                 texts = [f"{e[0]} {e[1]}".strip() if e else "nothing" for e in (one, two)]
                 return f"{name} ({texts[0]} in the file, {texts[1]} here)"
     return f"{name} ({saved} in the file, {now} here)"

@@ -1,5 +1,6 @@
 """One compiled step of training, gated so that a nonfinite loss or gradient changes nothing."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -41,7 +42,9 @@ class Fixed(eqx.Module):
 
 def fresh(tree: PyTree) -> PyTree:
     """A copy of every array of ``tree`` in a buffer of its own, strongly typed, so that it may be donated."""
-    return jtu.tree_map(lambda x: jnp.array(x, dtype=x.dtype) if eqx.is_array(x) else x, tree)
+    # 64 bits of the host become 32 where JAX has no more, as in any other program.
+    copy = lambda x: jnp.array(x, dtype=x.dtype if isinstance(x, jax.Array) else jax.dtypes.canonicalize_dtype(x.dtype))
+    return jtu.tree_map(lambda x: copy(x) if eqx.is_array(x) else x, tree)
 
 
 def start(model: PyTree, loss: Any, optim: Any, key: PRNGKeyArray, skip: int) -> tuple[Fixed, TrainState]:
@@ -66,6 +69,8 @@ def train_step(read: tuple[Fixed, PyTree], state: TrainState) -> tuple[TrainStat
         return scored(fixed.loss, eqx.combine(params, fixed.static), batch, key, state.step)
 
     (value, metrics), grads = eqx.filter_value_and_grad(loss_of, has_aux=True)(state.params)
+    # JAX's derivative in a complex number is the conjugate of the direction of steepest ascent, which optax expects.
+    grads = jtu.tree_map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
     old_opt = eqx.combine(state.opt_state, fixed.opt_static)
     updates, new_opt = optax.with_extra_args_support(fixed.optim).update(
         grads, old_opt, state.params, value=value, grad=grads, value_fn=lambda p: loss_of(p)[0]
@@ -73,7 +78,7 @@ def train_step(read: tuple[Fixed, PyTree], state: TrainState) -> tuple[TrainStat
     new_params = optax.apply_updates(state.params, updates)
     new_opt = eqx.filter(new_opt, eqx.is_array)
 
-    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads)) & _all_finite(new_params)
+    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads)) & _still_finite(new_params, state.params)
     okay = finite & ~state.failed
     streak = jnp.where(okay, 0, state.streak + 1)
     failed = state.failed | (streak > fixed.skip)
@@ -90,7 +95,7 @@ def train_step(read: tuple[Fixed, PyTree], state: TrainState) -> tuple[TrainStat
 @eqx.filter_jit
 def evaluate(fixed: Fixed, params: PyTree, batch: PyTree, key: PRNGKeyArray, step: Int[Array, ""]) -> Any:
     """The loss and the metrics of one validation batch, with the layers that have it in inference mode."""
-    model = eqx.nn.inference_mode(eqx.combine(params, fixed.static))
+    model = _in_inference_mode(eqx.combine(params, fixed.static))
     return scored(fixed.loss, model, batch, key, step)
 
 
@@ -105,17 +110,47 @@ def to_arrays(batch: PyTree) -> PyTree:
     return arrays
 
 
-def batch_weight(batch: PyTree) -> float:
-    """How much a validation batch counts: the sum of its ``weight``, else its number of rows."""
+def batch_size(batch: PyTree) -> float | tuple[int, ...]:
+    """What a validation batch says of its weight: the sum of its ``weight``, or the length of every leaf."""
     weight = field(batch, "weight")
     if weight is not None:
         return float(np.sum(np.asarray(weight, np.float64)))
-    sizes = [len(leaf) for leaf in jtu.tree_leaves(batch) if np.ndim(leaf)]
-    return float(sizes[0]) if sizes else 1.0
+    return tuple(len(leaf) for leaf in jtu.tree_leaves(batch) if np.ndim(leaf))
 
 
-def _all_finite(tree: PyTree) -> Bool[Array, ""]:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(tree)]))
+def batch_weights(sizes: Sequence[float | tuple[int, ...]]) -> list[float]:
+    """The weights of validation batches, from what `batch_size` said of each.
+
+    Without a ``weight`` that is the number of rows. Where the leaves of a batch differ in length, those whose length
+    is the same in all batches are shared (a grid of times, say) and no rows; if all are, the batches count alike.
+
+    Raises:
+        ValueError: the number of rows cannot be told.
+    """
+    lengths = [size for size in sizes if isinstance(size, tuple)]
+    if len({len(one) for one in lengths}) > 1:
+        raise ValueError("The validation batches have different structures: give each a `weight`, one number a row.")
+    of_leaf = list(zip(*lengths))
+    alike = all(len(set(one)) <= 1 for one in lengths)
+    rows = [i for i, leaf in enumerate(of_leaf) if alike or len(set(leaf)) > 1]
+
+    def weigh(size: float | tuple[int, ...]) -> float:
+        if not isinstance(size, tuple):
+            return size
+        found = {size[i] for i in rows}
+        if len(found) > 1:
+            raise ValueError(
+                f"The arrays of a validation batch have {sorted(found)} rows: give it a `weight`, one number a row."
+            )
+        return float(found.pop()) if found else 1.0
+
+    return [weigh(size) for size in sizes]
+
+
+def _still_finite(new: PyTree, old: PyTree) -> Bool[Array, ""]:
+    """Whether every entry is finite, or the infinity that it was: a mask of -inf, say, that is never trained."""
+    good = jtu.tree_map(lambda n, o: jnp.all(jnp.isfinite(n) | (n == o)), new, old)
+    return jnp.all(jnp.stack(jtu.tree_leaves(good)))
 
 
 def _choose(okay: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
@@ -139,3 +174,10 @@ def _numeric(leaf: Any) -> Any:
         leaf = np.asarray(leaf)
         return leaf if leaf.dtype.kind in "biufcV" and leaf.dtype.names is None else None
     return None
+
+
+def _in_inference_mode(model: PyTree) -> PyTree:
+    """The model with ``inference=True`` where a layer has that switch; other things of that name stay."""
+    has_switch = lambda x: isinstance(getattr(x, "inference", None), bool)
+    switch_on = lambda x: eqx.tree_at(lambda layer: layer.inference, x, True) if has_switch(x) else x
+    return jtu.tree_map(switch_on, model, is_leaf=has_switch)

@@ -20,10 +20,11 @@ Weight = float | Callable[[Any], Any]
 
 
 class AbstractLoss(eqx.Module):
-    """A loss: ``loss(model, batch, key, step) -> (scalar, metrics)``, added with ``+`` and scaled with ``*``.
+    """A loss: ``loss(model, batch, key, step) -> (scalar, metrics)``, added, subtracted and scaled.
 
-    A factor is a finite number or an optax schedule (a callable of the step). A regulariser of
-    `sdeflow.regularisers` and any callable of the same signature may be added too.
+    ``A + B``, ``A - B``, ``-A``, ``weight * A`` and ``A / number`` are losses. A factor is a finite number or an optax
+    schedule (a callable of the step). A regulariser of `sdeflow.regularisers` and any callable of the same signature
+    may be added too.
     """
 
     @abc.abstractmethod
@@ -50,6 +51,27 @@ class AbstractLoss(eqx.Module):
 
     def __rmul__(self, weight: Weight) -> "Sum":
         return self * weight
+
+    def __truediv__(self, number: float) -> "Sum":
+        if callable(number):
+            raise TypeError(f"A loss was divided by {number!r}; divide by a number, or multiply by a schedule.")
+        _check_weight(number)
+        if number == 0:
+            raise ValueError("A loss was divided by 0; a weight must be finite.")
+        return self * (1 / number)
+
+    def __neg__(self) -> "Sum":
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> "Sum":
+        if not _is_term(other):
+            return NotImplemented
+        return self + -Sum(_terms_of(other))
+
+    def __rsub__(self, other: Any) -> "Sum":
+        if not _is_term(other):
+            return NotImplemented
+        return Sum(_terms_of(other)) + -self
 
 
 class AbstractPredictionLoss(AbstractLoss):

@@ -23,7 +23,7 @@ import pytest
 from training_toys import equal, mlp
 
 from sdeflow._compat import SdeflowWarning
-from sdeflow.training import CheckpointError, load_checkpoint, save_checkpoint
+from sdeflow.training import CheckpointError, fit, load_checkpoint, save_checkpoint
 from sdeflow.training import _file as file_module
 from sdeflow.training._file import previous
 
@@ -419,3 +419,113 @@ def test_threads_that_write_one_name_never_tear_it(tmp_path):
         data = file.read_bytes()
         assert data == resigned(data[:-32])
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">i8", ">c8", ">u2", "<f4", "?"])
+def test_arrays_in_either_byte_order_come_back_as_numbers(tmp_path, dtype):
+    array = np.array([0, 1, 3]).astype(dtype)
+    save_checkpoint(tmp_path / "c", {"a": array})
+    for like in (np.zeros(3, dtype), np.zeros(3, np.dtype(dtype).newbyteorder("="))):
+        found, _ = load_checkpoint(tmp_path / "c", {"a": like})
+        assert found["a"].dtype == like.dtype
+        np.testing.assert_array_equal(found["a"], array)
+
+
+def test_strided_and_fortran_arrays_come_back_as_they_were(tmp_path):
+    tree = {
+        "strided": np.arange(12.0)[::3],
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "flag": np.bool_(1),
+    }
+    save_checkpoint(tmp_path / "c", tree)
+    assert equal(load_checkpoint(tmp_path / "c", jax.tree.map(np.zeros_like, tree))[0], tree)
+
+
+_UNREADABLE = {
+    "text": np.array(["aa", "b"]),
+    "bytes": np.array([b"aa", b"b"]),
+    "objects": np.array(["aa", None], object),
+    "records": np.zeros(2, [("a", "f4"), ("b", "i4")]),
+    "dates": np.array(["2020-01-01"], "datetime64[D]"),
+    "masked": np.ma.array([1.0, 2.0], mask=[0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", _UNREADABLE)
+def test_what_could_not_be_read_back_is_refused_before_anything_is_written(tmp_path, name):
+    path = tmp_path / "c"
+    save_checkpoint(path, {"w": jnp.ones(3)})
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match=r"\['g'\]"):
+        save_checkpoint(path, {"w": jnp.ones(3), "g": _UNREADABLE[name]})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_file_with_a_leaf_of_text_gives_way_to_the_one_before_it(tmp_path, monkeypatch):
+    path = tmp_path / "c"
+    save_checkpoint(path, {"w": jnp.ones(3)})
+    monkeypatch.setattr(file_module, "_check_readable", lambda name, array: None)
+    save_checkpoint(path, {"w": np.array(["a", "b", "c"])})
+    monkeypatch.undo()
+    with pytest.warns(SdeflowWarning, match="not numbers"):
+        found, _ = load_checkpoint(path, {"w": jnp.zeros(3)})
+    assert found["w"].tolist() == [1, 1, 1]
+    with pytest.warns(SdeflowWarning, match="not numbers"):
+        save_checkpoint(path, {"w": jnp.full(3, 5.0)})
+    assert load_checkpoint(path, {"w": jnp.zeros(3)})[0]["w"].tolist() == [5, 5, 5]
+    path.unlink()
+    with pytest.warns(SdeflowWarning, match="is gone"):
+        assert load_checkpoint(path, {"w": jnp.zeros(3)})[0]["w"].tolist() == [1, 1, 1]
+
+
+def test_a_write_that_the_disk_changed_replaces_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "c"
+    save_checkpoint(path, {"w": jnp.ones(3)})
+    before, sync = path.read_bytes(), os.fsync
+
+    def flip(handle):
+        sync(handle)
+        target = os.readlink(f"/proc/self/fd/{handle}")
+        if target.endswith(".tmp"):
+            with open(target, "r+b") as file:
+                file.seek(-40, os.SEEK_END)
+                byte = file.read(1)
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte[0] ^ 1]))
+
+    monkeypatch.setattr(os, "fsync", flip)
+    with pytest.raises(OSError, match="does not hold what was written"):
+        save_checkpoint(path, {"w": jnp.zeros(3)})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "big").mkdir()
+    link, target = tmp_path / "link", tmp_path / "big" / "file"
+    link.symlink_to(target)
+    for value in (1.0, 2.0):
+        save_checkpoint(link, jnp.full(2, value))
+        assert link.is_symlink()
+        assert load_checkpoint(target, jnp.zeros(2))[0].tolist() == [value, value]
+        assert load_checkpoint(link, jnp.zeros(2))[0].tolist() == [value, value]
+    assert sorted(os.listdir(tmp_path / "big")) == ["file", "file.prev"]
+
+
+def test_a_relative_path_stays_where_training_began(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    class Numbers:
+        def batches(self, size, key):
+            yield jnp.full(size, 3.0)
+
+    def leave(event):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    loss = lambda w, batch, key, step: (jnp.mean((w - batch) ** 2), {})
+    fit(jnp.zeros(()), Numbers(), loss, optim=optax.sgd(0.1), steps=4, batch_size=4, key=jr.key(0), progress=False,
+        checkpoint="run.ckpt", callbacks=[leave])  # fmt: skip
+    assert os.listdir(tmp_path / "elsewhere") == []
+    assert "run.ckpt" in os.listdir(tmp_path)

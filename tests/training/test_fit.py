@@ -270,6 +270,24 @@ def test_patience_stops_after_evaluations_without_improvement():
 # --------------------------------------------------------------------------------------- callbacks and faults
 
 
+@pytest.mark.parametrize("answer", [np.True_, np.array(True), jnp.array(True), 1, np.int32(1)], ids=repr)
+def test_any_truth_value_of_a_callback_stops(answer):
+    found = run(steps=5, callbacks=[lambda event: answer])
+    assert len(found.history["loss"]) == 1
+    assert "asked to stop" in found.message
+
+
+@pytest.mark.parametrize("answer", [None, False, np.False_, jnp.array(False), 0], ids=repr)
+def test_any_other_truth_value_goes_on(answer):
+    assert len(run(steps=3, callbacks=[lambda event: answer]).history["loss"]) == 3
+
+
+@pytest.mark.parametrize("answer", ["no", 2, 0.3, np.ones(2, bool), jnp.array(0.0), [], {}], ids=repr)
+def test_an_answer_that_is_no_truth_value_is_refused(answer):
+    with pytest.raises(TypeError, match="return True to stop"):
+        run(steps=3, callbacks=[lambda event: answer])
+
+
 def test_callbacks_see_every_step_and_can_stop():
     seen = []
 
@@ -468,7 +486,7 @@ def test_bad_arguments_are_refused_with_a_sentence(case):
 
 def test_nan_parameters_are_named():
     model = eqx.tree_at(lambda m: m.layers[1].bias, mlp(), jnp.full((), jnp.nan), is_leaf=lambda x: x is None)
-    with pytest.raises(ValueError, match=r"infinite parameters in \.layers\[1\]\.bias;"):
+    with pytest.raises(ValueError, match=r"NaN in the parameters \.layers\[1\]\.bias;"):
         run(model)
 
 
@@ -578,3 +596,82 @@ def test_batches_that_are_on_devices_stay_there():
             yield batch
 
     assert equal(run(data=OnDevice()).model, run(data=OnHost()).model)
+
+
+# ------------------------------------------------------------------------------------ complex numbers, validation
+
+
+def test_complex_parameters_go_downhill():
+    target = lambda w, batch, key, step: (jnp.sum(jnp.abs(w - jnp.array([1 + 1j, -2j])) ** 2), {})
+    found = run(model=jnp.zeros(2, jnp.complex64), loss=target, optim=optax.sgd(0.1), steps=60)
+    np.testing.assert_allclose(found.model, [1 + 1j, -2j], atol=1e-4)
+    # The value function of a line search sees the same numbers.
+    found = run(model=jnp.zeros(2, jnp.complex64), loss=target, optim=optax.adam(0.1), steps=300)
+    np.testing.assert_allclose(found.model, [1 + 1j, -2j], atol=1e-2)
+
+
+class Given:
+    """Batches as they are given."""
+
+    def __init__(self, *batches):
+        self.given = batches
+
+    def batches(self, size, key):
+        return iter(self.given)
+
+
+def _mean(model, batch, key, step):
+    return jnp.mean(batch["x"]) + 0 * jnp.sum(model), {}
+
+
+@pytest.mark.parametrize("name", ["a_grid", "zgrid"])
+def test_validation_batches_are_weighted_by_their_rows(name):
+    grid = np.linspace(0, 1, 100)
+    rows = lambda count, value: {name: grid, "x": np.full((count, 1), value, np.float32)}
+    data = Given(rows(30, 1.0), rows(2, 31.0))
+    found = run(model=jnp.ones(3), data=data, loss=_mean, steps=2, validation=data)
+    np.testing.assert_allclose(found.history["validation_loss"], (30 * 1 + 2 * 31) / 32)
+    data = Given(rows(2, 1.0), rows(2, 31.0))
+    found = run(model=jnp.ones(3), data=data, loss=_mean, steps=2, validation=data)
+    np.testing.assert_allclose(found.history["validation_loss"], 16.0)
+
+
+def test_a_number_of_rows_that_cannot_be_told_is_refused():
+    ragged = lambda n, m: {"x": np.ones((n, 1), np.float32), "y": np.ones((m, 1), np.float32)}
+    with pytest.raises(ValueError, match="give it a `weight`"):
+        run(
+            model=jnp.ones(3),
+            loss=_mean,
+            data=Given(ragged(2, 2)),
+            steps=2,
+            validation=Given(ragged(2, 3), ragged(3, 2)),
+        )
+
+
+def test_a_validation_loss_that_is_not_finite_is_named_and_no_reason_to_stop():
+    validation = Full(16, seed=3)
+    validation.x[5] = np.nan
+    with pytest.warns(SdeflowWarning, match="not finite in batch"):
+        found = run(model=mlp(), validation=validation, steps=12, patience=2, validate_every=2)
+    assert len(found.history["loss"]) == 12
+    assert found.result == RESULTS.nonfinite_validation
+    assert "no finite validation loss" in repr(found)
+    assert found.best_step is None
+
+
+class Named(eqx.Module):
+    inference: eqx.nn.Linear
+    drop: eqx.nn.Dropout
+
+    def __call__(self, x):
+        return jnp.sum(self.drop(self.inference(x), key=jr.key(0)))
+
+
+def test_a_layer_called_inference_is_no_switch():
+    model = Named(eqx.nn.Linear(3, 2, key=jr.key(0)), eqx.nn.Dropout(0.5))
+    found = run(model=model, validation=Full(8), steps=3)
+    whole = eqx.tree_at(lambda m: m.drop.inference, found.model, True)
+    key = jr.fold_in(jr.key(7), 2)
+    (batch,) = Full(8).batches(8, key)
+    score, _ = squares(whole, batch, jr.fold_in(key, 0), 2)
+    np.testing.assert_allclose(found.history["validation_loss"][-1], score, rtol=1e-5)

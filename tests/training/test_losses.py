@@ -226,6 +226,26 @@ def test_weights_may_depend_on_the_step_and_multiply():
     np.testing.assert_allclose(call(twice, step=5)[0], 0.25 * mse, rtol=1e-6)
 
 
+def test_losses_subtract_divide_and_change_sign():
+    value = lambda loss, step=0: float(loss(3.0, 4.0, jr.key(0), step)[0])
+    product = FunctionLoss(lambda model, batch, key, step: (jnp.asarray(model * batch), {}))
+    total = FunctionLoss(lambda model, batch, key, step: (jnp.asarray(model + batch), {}))
+    plain = lambda model, batch, key, step: (jnp.asarray(model - batch), {})
+    assert value(-product) == -12
+    assert value(product / 2) == 6
+    assert value(product - total) == 5
+    assert value(product - (total - product / 4)) == 8
+    assert value(product - plain) == 13
+    assert value(plain - product) == -13
+    ramp = optax.linear_schedule(0.0, 1.0, 10)
+    assert value(-(ramp * product) / 4, step=5) == -1.5
+    for wrong, error in ((0, ValueError), (ramp, TypeError), ("2", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="divided by|multiplied by"):
+            product / wrong
+    with pytest.raises(TypeError):
+        product - 1
+
+
 def test_any_callable_may_join_a_sum_on_either_side():
     def norm(model, batch, key, step):
         return jnp.sum(model.weight**2), {"draw": jr.normal(key)}

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -253,6 +254,92 @@ OTHER = {
     "activation": ({"model": mlp(activation=jax.nn.relu)}, "tanh in the file and jax.relu here"),
     "width": ({"model": mlp(width=5)}, r"float32\[4, 3\] in the file and float32\[5, 3\] here"),
 }
+
+
+class Signed(eqx.Module):
+    """A model with an array that is not trained."""
+
+    w: jax.Array
+    sign: jax.Array
+
+    def __call__(self, x):
+        return jnp.sum(self.w * x) * self.sign
+
+
+def signed(sign=1, start=1.0):
+    return Signed(jnp.full(3, start), jnp.array(sign))
+
+
+class Plain(Rows):
+    """Data without a fingerprint."""
+
+    fingerprint = None
+
+
+def edited(factor):
+    """A loss of one name whose code differs."""
+    space = {"squares": squares}
+    exec(f"def loss(*args):\n    value, metrics = squares(*args)\n    return {factor} * value, metrics", space)
+    return space["loss"]
+
+
+CHANGED = {
+    "first batch": (
+        {"data": Plain()},
+        {"data": Plain(seed=1)},
+        r"data \(first batch .* in the file, first batch .* here",
+    ),
+    "code": ({"loss": edited(1.0)}, {"loss": edited(2.0)}, r"loss \(.*loss with code .* in the file, .*loss with code"),
+    "integers": ({"model": signed(1)}, {"model": signed(-1)}, r"untrained leaves \(\.sign int32"),
+    "start": ({"model": signed()}, {"model": signed(start=2.0)}, r"start \(\.w float32"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_checkpoint_answers_for_its_own_work_alone(tmp_path, case, steps):
+    one, other, match = CHANGED[case]
+    path = tmp_path / "c"
+    run(checkpoint=path, steps=2, **one)
+    assert run(checkpoint=path, steps=2, **one).num_steps == 2
+    with pytest.raises(CheckpointError, match=match) as caught:
+        run(checkpoint=path, steps=steps, **other)
+    assert 'resume="anyway"' in str(caught.value)
+    assert "another `checkpoint=`" in str(caught.value)
+    went_on = run(checkpoint=path, steps=3, resume="anyway", **other)
+    assert went_on.num_steps == 3
+    if case == "integers":
+        assert int(went_on.model.sign) == -1
+    assert run(checkpoint=path, steps=4, **other).num_steps == 4
+
+
+def test_a_comment_on_the_loss_changes_nothing(tmp_path):
+    space = {"squares": squares}
+    exec("def loss(*args):\n    'One text.'\n    return squares(*args)", space)
+    run(checkpoint=tmp_path / "c", steps=2, loss=space["loss"])
+    exec("def loss(*args):\n    'Another.'\n    # and more\n    return squares(*args)", space)
+    assert run(checkpoint=tmp_path / "c", steps=3, loss=space["loss"]).num_steps == 3
+
+
+def test_leaves_that_are_not_trained_come_back_as_they_were(tmp_path):
+    ids = np.array([2**40 + 5, 7])
+    model = {"net": mlp(), "ids": ids, "mask": jnp.array([0.0, -jnp.inf, 0.0]), "names": ("a", "b")}
+
+    def loss(model, batch, key, step):
+        attention = jax.nn.softmax(jax.lax.stop_gradient(model["mask"]))
+        value, metrics = squares(lambda x: model["net"](x * attention), batch, key, step)
+        return value, metrics
+
+    for checkpoint in (None, tmp_path / "c"):
+        found = run(model=model, loss=loss, steps=6, checkpoint=checkpoint)
+        assert found.model["ids"] is ids
+        assert found.model["mask"].tolist() == [0.0, -jnp.inf, 0.0]
+        assert not equal(found.model["net"], mlp())
+    again = run(model=model, loss=loss, steps=8, checkpoint=tmp_path / "c")
+    assert again.model["ids"] is ids
+    loaded, _ = load_checkpoint(tmp_path / "c", model, part="last")
+    np.testing.assert_array_equal(loaded["ids"], ids)
+    assert loaded["ids"].dtype == np.int64
 
 
 @pytest.mark.parametrize("case", OTHER)
