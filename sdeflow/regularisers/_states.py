@@ -29,7 +29,7 @@ def _square(tree: PyTree) -> Array:
 class AbstractStateRegulariser(AbstractRegulariser):
     """The integral of a rate along the solution, over the length of time whichever way it goes.
 
-    ``signed`` integrals are over dt itself, and change their sign with the direction of time. ``failure`` names the member
+    ``signed`` integrals are over dt itself, and change sign with the direction of time. ``failure`` names the member
     of `sdeflow.RESULTS` that says that the integral is not finite where the solution is.
     """
 
