@@ -16,16 +16,17 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ..grids._grid import beside
 from ._freeze import freeze
 
 
-def _declared(controller: Any) -> list[Array]:
+def declared_jumps(controller: Any) -> list[Array]:
     """The times of jumps that a controller and those within it know."""
     if not isinstance(controller, diffrax.AbstractStepSizeController):
         return []
     own = getattr(controller, "jump_ts", None)
     found = [] if own is None or own.size == 0 else [own]
-    return found + _declared(getattr(controller, "controller", None))
+    return found + declared_jumps(getattr(controller, "controller", None))
 
 
 def moved_by_jumps(controller: Any, t0: Array, t1: Array) -> Callable[[Array], Array] | None:
@@ -35,7 +36,7 @@ def moved_by_jumps(controller: Any, t0: Array, t1: Array) -> Callable[[Array], A
         controller: as diffrax's loop has it, so that times increase.
         t0, t1: the ends of the solve, which no jump moves.
     """
-    declared = _declared(controller)
+    declared = declared_jumps(controller)
     if not declared:
         return None
     jumps = jnp.concatenate([x.astype(t0.dtype) for x in declared])
@@ -48,6 +49,13 @@ def moved_by_jumps(controller: Any, t0: Array, t1: Array) -> Callable[[Array], A
         return t + jnp.where(beside & (t > low) & (t < high), jumps[i] - at[i], 0)
 
     return moved
+
+
+def beside_jumps(controller: Any, t0: Array, t1: Array) -> Array:
+    """The start of a solve, just after it where a declared jump is: diffrax's loop would begin with the field there."""
+    for jumps in declared_jumps(controller):
+        t0 = jnp.where((jumps.astype(t0.dtype) == t0).any(), beside(t0, t1), t0)
+    return t0
 
 
 class Moved(eqx.Module):

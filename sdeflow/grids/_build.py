@@ -103,7 +103,8 @@ def _off(grid: Grid, jumps: np.ndarray) -> Grid:
     left, right = grid.left.copy(), grid.right.copy()
     left = np.where(np.isin(left, jumps), beside(left, right), left)
     right = np.where(np.isin(right, jumps), beside(right, grid.left), right)
-    return Grid(left, right, grid.live, grid.save, np.isin(grid.left, jumps))
+    at_end = np.asarray(np.isin(grid.right[-1], jumps))
+    return Grid(left, right, grid.live, grid.save, np.isin(grid.left, jumps), at_end)
 
 
 def through(
@@ -236,6 +237,7 @@ def stack(grids: Sequence[Grid], num_steps: int | None = None) -> Grid:
     padded = [grid.pad(rows) for grid in grids]
     has_jump = any(grid.jump is not None for grid in padded)
     jumps = [np.zeros(rows, bool) if grid.jump is None else np.asarray(grid.jump) for grid in padded]
+    at_end = [False if grid.ends_at_jump is None else bool(grid.ends_at_jump) for grid in padded]
     save = [np.pad(np.asarray(grid.save), (0, saves - grid.save.shape[0]), mode="edge") for grid in padded]
     return Grid(
         np.stack([np.asarray(grid.left) for grid in padded]),
@@ -243,4 +245,5 @@ def stack(grids: Sequence[Grid], num_steps: int | None = None) -> Grid:
         np.stack([np.asarray(grid.live) for grid in padded]),
         np.stack(save),
         np.stack(jumps) if has_jump else None,
+        np.array(at_end) if has_jump else None,
     )

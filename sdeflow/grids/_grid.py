@@ -68,12 +68,19 @@ def beside(t: Any, towards: Any) -> Any:
 def cast(grid: "Grid", dtype: Any) -> "Grid":
     """The grid on the device, its times of this dtype; the ends on either side of a jump stay on their sides."""
     left, right = jnp.asarray(grid.left, dtype), jnp.asarray(grid.right, dtype)
-    if grid.jump is not None and left.shape[0] > 1:
-        at = jnp.asarray(grid.jump)[1:] & (right[:-1] == left[1:])
-        before, after = beside(right[:-1], left[:-1]), beside(left[1:], right[1:])
-        right = right.at[:-1].set(jnp.where(at, before, right[:-1]))
-        left = left.at[1:].set(jnp.where(at, after, left[1:]))
-    return Grid(left, right, grid.live, grid.save, grid.jump)
+    if grid.jump is not None:
+        jump, last = jnp.asarray(grid.jump), jnp.asarray(grid.live).sum() - 1
+        closed = jump[1:] & (right[:-1] == left[1:])
+        # Rounding may have put the first and the last end onto their jumps again; one unit more does no harm.
+        at_left = jnp.concatenate([jump[:1], closed])
+        at_right = jnp.concatenate([closed, jnp.zeros(1, bool)])
+        if grid.ends_at_jump is not None:
+            at_right |= jnp.asarray(grid.ends_at_jump) & (jnp.arange(left.shape[0]) >= last)
+        left, right = (
+            jnp.where(at_left, beside(left, right), left),
+            jnp.where(at_right, beside(right, left), right),
+        )
+    return Grid(left, right, grid.live, grid.save, grid.jump, grid.ends_at_jump)
 
 
 class Grid(eqx.Module):
@@ -90,6 +97,7 @@ class Grid(eqx.Module):
         save: shape (n,), how many live steps precede each requested time.
         jump: shape (N,), whether the field may be discontinuous where the step begins; None if it never is. Such a step
             begins just after the discontinuity, and the one before ends just before it.
+        ends_at_jump: shape (), whether the field may be discontinuous where the last live step ends; None if it is not.
 
     Raises:
         ValueError: for concrete arrays whose shapes disagree, whose steps do not all go one way or leave gaps,
@@ -106,9 +114,10 @@ class Grid(eqx.Module):
     live: Bool[Array | np.ndarray, "*batch N"]
     save: Int[Array | np.ndarray, "*batch n"]
     jump: Bool[Array | np.ndarray, "*batch N"] | None = None
+    ends_at_jump: Bool[Array | np.ndarray, "*batch"] | None = None
 
     def __check_init__(self):
-        arrays = [x for x in (self.left, self.right, self.live, self.save, self.jump) if x is not None]
+        arrays = [x for x in self._arrays if x is not None]
         if not all(hasattr(x, "shape") for x in arrays) or not is_concrete(*arrays) or np.ndim(self.left) != 1:
             return
         left, right, live, save = (np.asarray(x) for x in (self.left, self.right, self.live, self.save))
@@ -161,9 +170,17 @@ class Grid(eqx.Module):
     @property
     def is_concrete(self) -> bool:
         """Whether the grid is a single one whose numbers can be read on the host."""
-        return is_concrete(
-            *(x for x in (self.left, self.right, self.live, self.save, self.jump) if x is not None)
-        ) and (np.ndim(self.left) == 1)
+        return is_concrete(*(x for x in self._arrays if x is not None)) and (np.ndim(self.left) == 1)
+
+    @property
+    def _arrays(self) -> tuple[Any, ...]:
+        return (self.left, self.right, self.live, self.save, self.jump, self.ends_at_jump)
+
+    @property
+    def may_jump(self) -> bool:
+        """Whether the field may jump anywhere, as far as that is known."""
+        flags = [x for x in (self.jump, self.ends_at_jump) if x is not None]
+        return bool(flags) and not (is_concrete(*flags) and not any(np.any(np.asarray(x)) for x in flags))
 
     def pad(self, num_rows: int) -> "Grid":
         """The same grid with padding added up to ``num_rows`` rows.
@@ -180,7 +197,7 @@ class Grid(eqx.Module):
         repeat = lambda x: xp.concatenate([x, xp.repeat(x[..., -1:], extra, axis=-1)], axis=-1)
         live = xp.concatenate([self.live, xp.zeros((*self.live.shape[:-1], extra), bool)], axis=-1)
         jump = None if self.jump is None else repeat(self.jump)
-        return Grid(repeat(self.left), repeat(self.right), live, self.save, jump)
+        return Grid(repeat(self.left), repeat(self.right), live, self.save, jump, self.ends_at_jump)
 
     def coarsen(self, k: int) -> "Grid":
         """Merge every ``k`` consecutive steps into one; for studies of convergence on one Brownian path.
@@ -200,7 +217,8 @@ class Grid(eqx.Module):
             if jump[:, 1:].any():
                 raise ValueError(f"Merging {k} steps would hide a jump inside a step.")
             jump = jump[:, 0]
-        return Grid(left[::k], right[k - 1 :: k], np.ones(left.size // k, bool), save // k, jump)
+        ones = np.ones(left.size // k, bool)
+        return Grid(left[::k], right[k - 1 :: k], ones, save // k, jump, self.ends_at_jump)
 
     def __repr__(self) -> str:
         if not self.is_concrete:

@@ -16,8 +16,11 @@ import numpy as np
 from .._compat import SaveState, is_term, unwrap
 from .._results import RESULTS, is_okay, promote
 from ..adjoints import AbstractWalkAdjoint
+from ..adjoints._freeze import freeze
+from ..adjoints._jump_times import beside_jumps
 from ..equations._linear import LinearDriftTerm
 from ..equations._terms import DiffusionTerm, DriftTerm
+from ..grids import Grid
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
 from ..solvers._unrolled import StandIn
@@ -77,6 +80,8 @@ def check_adjoint(
             f"BacksolveAdjoint cannot run {type(solver).__name__} backwards with noise: use one of {names} on a "
             f"Stratonovich equation, or {cure}"
         )
+    if steps is not None and steps.grid.may_jump:
+        raise ValueError(f"BacksolveAdjoint takes steps of its own, which go across the jumps of the grid: {cure}")
     if steps is not None and not _has_equal_steps(steps):
         raise ValueError(f"BacksolveAdjoint takes equal steps or adaptive ones, and these are neither: {cure}")
 
@@ -89,15 +94,37 @@ def _has_equal_steps(steps: Plan) -> bool:
     return np.allclose(h, h.mean(), rtol=1e-5, atol=0)
 
 
-class _AlongJumps(diffrax.AbstractStepSizeController):
-    """Steps with both of their ends, and whether the field may jump where they begin; diffrax has times alone."""
+class _AlongRows(diffrax.AbstractStepSizeController):
+    """The rows of a grid: both of their ends, and whether the field may jump where they begin.
+
+    ``diffrax.StepTo`` has times alone, and no place for padding.
+    """
 
     left: Any
     right: Any
     jump: Any
 
-    def wrap(self, direction: Any) -> "_AlongJumps":
-        return _AlongJumps(self.left * direction, self.right * direction, self.jump)  # pyright: ignore[reportCallIssue]
+    @staticmethod
+    def of(grid: Grid, ts: Any, good: Any) -> tuple["_AlongRows", Any, Any]:
+        """The steps, and where they begin and end.
+
+        Arguments:
+            ts: the requested times, good ones.
+            good: whether the rows are; None where that is known. Bad ones are replaced.
+        """
+        left, right, live = (jnp.asarray(x) for x in (grid.left, grid.right, grid.live))
+        if good is not None:
+            line = jnp.linspace(ts[0], ts[-1], left.shape[0] + 1, dtype=left.dtype)
+            left, right = jnp.where(good, left, line[:-1]), jnp.where(good, right, line[1:])
+            live = live | ~good
+        end = right[jnp.maximum(live.sum() - 1, 0)]
+        begin, right = left[0], jnp.where(live, right, end)
+        # The loop goes on until the next step begins at the end, which padding and an entry more do.
+        left = jnp.append(jnp.where(live, left, end), end)
+        return _AlongRows(left, right, grid.jump), begin, end  # pyright: ignore[reportCallIssue]
+
+    def wrap(self, direction: Any) -> "_AlongRows":
+        return _AlongRows(self.left * direction, self.right * direction, self.jump)  # pyright: ignore[reportCallIssue]
 
     def init(
         self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
@@ -116,7 +143,8 @@ class _AlongJumps(diffrax.AbstractStepSizeController):
         controller_state: Any,
     ) -> tuple[Any, Any, Any, Any, Any, Any]:
         i = controller_state
-        return True, self.left[i], self.right[i], self.jump[i], i + 1, diffrax.RESULTS.successful
+        jump = False if self.jump is None else self.jump[i]
+        return True, self.left[i], self.right[i], jump, i + 1, diffrax.RESULTS.successful
 
 
 def delegate(
@@ -153,10 +181,13 @@ def delegate(
     if good is not None:
         ts = jnp.where(good, ts, any_times(ts))
         dt0 = None if dt0 is None else jnp.where(good, dt0, jnp.abs(dt0))
+    begin, end, wanted = ts[0], ts[-1], ts
     if steps is None:
         # Requested times are stepped to, so that what is returned are states of the solver.
         first = None if dt0 is None else jnp.asarray(dt0, ts.dtype)
         controller, dt0 = GuardedController(controller, first), None  # pyright: ignore
+        begin = beside_jumps(controller, begin, end)
+        wanted = wanted.at[0].set(begin)
         if not ends_only:
             controller = diffrax.ClipStepSizeController(controller, step_ts=ts)
     elif continuous:
@@ -164,16 +195,11 @@ def delegate(
         controller, max_steps = diffrax.ConstantStepSize(), steps.grid.num_rows + 1
         dt0 = (ts[-1] - ts[0]) / steps.grid.num_rows
     else:
-        grid: Any = steps.grid
-        times = jnp.concatenate([grid.left[:1], grid.right])
-        if good is not None:
-            line = jnp.linspace(ts[0], ts[-1], times.shape[0])
-            times = jnp.where(good, times, line)
-        controller, dt0, max_steps = diffrax.StepTo(ts=times), None, grid.num_rows
-        if grid.jump is not None:
-            # diffrax goes on until it stands at the end, also where the last step ends just before a jump there.
-            left, right = jnp.append(grid.left, ts[-1]), grid.right.at[-1].set(ts[-1])
-            controller = _AlongJumps(left, right, grid.jump)  # pyright: ignore[reportCallIssue]
+        controller, begin, end = _AlongRows.of(steps.grid, ts, good)
+        dt0, max_steps = None, steps.grid.num_rows
+        # Where the field jumps at an end, steps begin just after it and end just before it.
+        low, high = jnp.minimum(begin, end), jnp.maximum(begin, end)
+        wanted = ts + freeze(jnp.clip(ts, low, high) - ts)
     if continuous or isinstance(adjoint, diffrax.ImplicitAdjoint):
         # Both see only what terms and args hold.
         terms = jtu.tree_map(lambda x: _holding(x, ts[0], y0, args) if is_term(x) else x, terms, is_leaf=is_term)
@@ -190,8 +216,8 @@ def delegate(
             return diffrax.diffeqsolve(
                 terms,
                 solver,
-                ts[0],
-                ts[-1],
+                begin,
+                end,
                 dt0,
                 y0,
                 args,
@@ -207,10 +233,15 @@ def delegate(
     if isinstance(adjoint, AbstractWalkAdjoint) and not ends_only:
         save_with = functools.partial(_run_saving, run, adjoint)
     save = _save_continuous if continuous else _save_end if isinstance(adjoint, diffrax.ImplicitAdjoint) else _save
-    sol, ys, final = save(save_with, ts, y0, args, save_fn, ends_only)
+    sol, ys, final = save(save_with, wanted, y0, args, save_fn, ends_only)
     accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
     nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
-    stats = {"num_steps": accepted, "num_rejected": rejected, "nfe": nfe, "time_reached": _time_reached(sol)}
+    stats = {
+        "num_steps": accepted,
+        "num_rejected": rejected,
+        "nfe": nfe,
+        "time_reached": _time_reached(sol, end, ts[-1]),
+    }
     result: Any = promote(sol.result)
     if "record_overflow" in sol.stats:
         spilt = is_okay(result) & sol.stats["record_overflow"]
@@ -243,10 +274,10 @@ def _known_to_be_right(solver: Any, y0: Any) -> Iterator[None]:
             ) from error
 
 
-def _time_reached(sol: diffrax.Solution) -> Any:
-    """Where the solve ended, which is the last time of what was saved last."""
+def _time_reached(sol: diffrax.Solution, end: Any, last: Any) -> Any:
+    """Where the solve ended, which is the last time of what was saved last; ``last`` for the end of the last step."""
     ts: Any = sol.ts[-1] if isinstance(sol.ts, tuple) else sol.ts
-    return ts[-1]
+    return jnp.where(ts[-1] == end, last, ts[-1])
 
 
 Run = Callable[[diffrax.SaveAt], Any]

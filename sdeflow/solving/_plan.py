@@ -82,7 +82,7 @@ def _known(grid: Grid, ts: Any, why: str, own: bool, dtype: Any) -> Plan:
     num_rows = grid.num_rows
     if count < num_rows:
         jump = None if grid.jump is None else grid.jump[:count]
-        grid = Grid(grid.left[:count], grid.right[:count], grid.live[:count], grid.save, jump)
+        grid = Grid(grid.left[:count], grid.right[:count], grid.live[:count], grid.save, jump, grid.ends_at_jump)
     check_resolution(np.asarray(grid.left), np.asarray(grid.right), dtype)
     save = np.asarray(grid.save)
     per = np.diff(save)
