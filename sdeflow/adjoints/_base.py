@@ -37,6 +37,13 @@ class AbstractWalkAdjoint(diffrax.AbstractAdjoint):
             The last carry, what was emitted, and what the adjoint has to say of the walk, for ``sol.stats``.
         """
 
+    def check_solver(self, solver: diffrax.AbstractSolver) -> None:
+        """Refuse a solver whose steps this adjoint cannot differentiate, before anything is traced.
+
+        Raises:
+            ValueError: naming the solver and what can be used.
+        """
+
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``, by walking."""
         return loop_by_walking(self, **kwargs)

@@ -99,6 +99,10 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
         )  # fmt: skip
         return carry, emitted, {"defect": _defect(freeze(problem))}
 
+    def check_solver(self, solver: diffrax.AbstractSolver) -> None:
+        """Refuse a solver whose steps it cannot follow."""
+        check_solver(solver)
+
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""
         if can_record(kwargs):

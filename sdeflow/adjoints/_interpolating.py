@@ -123,6 +123,10 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
         )  # fmt: skip
         return carry, emitted, {}
 
+    def check_solver(self, solver: diffrax.AbstractSolver) -> None:
+        """Refuse a solver whose steps it cannot follow."""
+        check_solver(solver)
+
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""
         if can_record(kwargs):

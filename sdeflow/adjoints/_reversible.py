@@ -142,6 +142,10 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
         y = (y, notes) if isinstance(solver, Charging) else y
         return Carry(y, state, start.result), eqx.combine(saved, rest), {"defect": defect}
 
+    def check_solver(self, solver: diffrax.AbstractSolver) -> None:
+        """Refuse a solver whose steps it cannot undo."""
+        check_reversible(solver, False)
+
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""
         if can_record(kwargs):

@@ -237,6 +237,8 @@ def solve(
                 f"adjoint must be one such as sf.adjoints.DiscreteAdjoint() or one of diffrax's, got {adjoint!r}."
             )
         unsafe = any(isinstance(one, diffrax.UnsafeBrownianPath) for one in paths)
+        if not still and event is None and isinstance(adjoint, AbstractWalkAdjoint):
+            adjoint.check_solver(solver)
         if not still:
             check_adjoint(
                 adjoint, solver, ts, steps, stochastic=noisy, unsafe=unsafe, split=isinstance(equation, tuple),
