@@ -5,9 +5,11 @@ saved, and expects the final state back. The walk takes the wrapper off, walks t
 if time decreases, where diffrax's stochastic Runge-Kutta solvers have the wrong sign of the drift), and fills in what
 was asked to be saved. Brownian paths of any kind are asked for all their increments before the loop.
 
-Where the number of steps is static (``StepTo``, or a ``GridBrownian`` among the terms) all rows are laid out at once.
-With a bare ``dt0`` it is known only at run time: then the walk goes in chunks of rows up to ``max_steps``, and skips
-the chunks that are not needed.
+Where the number of steps is static (``StepTo``, a ``GridBrownian`` among the terms, or times that are not traced) all
+rows are laid out at once. Otherwise it is known only at run time: then the walk goes in chunks of rows up to
+``max_steps``, and skips the chunks that are not needed, in groups, groups of groups and so on, so that time and memory
+follow the steps that are taken. What is to be saved at given times is computed chunk by chunk: the dense information of
+all rows together may be a thousand times the solution.
 """
 
 from typing import Any, NamedTuple
@@ -18,13 +20,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._compat import SaveState, unwrap
+from .._compat import SaveState, known_value, unwrap
 from .._results import demote
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
-from ..walking import Carry, adopt_state, asks_within, first_carry, make_rows, prepare_solver
+from ..walking import Carry, adopt_state, asks_within, first_carry, make_rows, prepare_solver, restarts, take_step
 
-CHUNK = 32
+CHUNK = 32  # rows of a chunk
+_GROUP = 32  # chunks of a group, groups of the next larger one
+_WINDOW = 64  # how many of the requested times a chunk looks at together
 
 
 def is_save(x: Any) -> bool:
@@ -53,14 +57,19 @@ def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
 
     bound = kwargs["max_steps"]
     if isinstance(controller, diffrax.StepTo):
-        times = controller.ts
+        # diffrax has checked that these times span the solve, and hands the second one on through that check.
+        times = controller.ts.at[1].set(state.tnext)
         bound, count, static = min(times.shape[0] - 1, bound), times.shape[0] - 1, True
         left, right, live = times[:bound], times[1 : bound + 1], None
     else:
         count = state.controller_state[1]
-        static = bool(paths)
-        if static:
+        known = known_value(count)
+        static = bool(paths) or known is not None
+        if paths:
             bound = min(bound, max(p.grid.num_rows for p in paths))
+        if known is not None:
+            count = int(known)
+            bound = min(bound, max(count, 1))
         rounded = bound if static else -(-bound // CHUNK) * CHUNK
         # The formula of diffrax's constant steps, so that both loops stand on the same times: equal steps, except
         # that the first one is dt0 even where dt0 does not divide the whole.
@@ -110,9 +119,30 @@ def walk_steps(adjoint: Any, kwargs: dict[str, Any], steps: Steps) -> Any:
         return (carry.y if wants_steps else None), (info[1] if wants_dense else None)
 
     every = 1 if wants_dense or wants_steps else None
-    ends = (left * direction, right * direction)
     start = state.solver_state if kwargs["passed_solver_state"] else None
-    final, emitted = _walk(adjoint, solver, terms, args, state.y, ends, steps, start, every, emit)
+    given = (adjoint, solver, terms, args, state.y)
+    requested = [sub for sub in subs if sub.ts is not None]
+    emitted: Any = None
+    if wants_steps or steps.static:
+        prepared = prepare_solver(solver)
+        few = 4 * sum(sub.ts.shape[0] for sub in requested) <= left.shape[0]
+        again = steps.static and few and adjoint.keeps_states and restarts(prepared, state.solver_state)
+        keep = emit
+        if again and requested:
+            # The few steps that are looked into are taken once more: the dense information of all is far larger.
+            keep = lambda right, carry, info: (carry.y, None)
+        final, emitted = _walk(*given, (left * direction, right * direction), steps, start, every, keep)
+        if again and requested:
+            before = jtu.tree_map(lambda y, ys: jnp.concatenate([y[None], ys[:-1]]), state.y, emitted[0])
+            info = lambda i: take_step(
+                prepared, terms, left[i] * direction, right[i] * direction, jtu.tree_map(lambda x: x[i], before), args
+            )[2]
+        else:
+            info = lambda i: jtu.tree_map(lambda x: x[i], emitted[1])
+        found = [_at_times(sub, left, right, info, solver, args, direction) for sub in requested]
+    else:
+        final, found = _walk_in_chunks(*given, requested, t0, direction, steps, start)
+    values = iter(found)
 
     steps_taken = jnp.minimum(count, bound)
     result = diffrax.RESULTS.successful if final.result is None else demote(final.result)
@@ -127,8 +157,9 @@ def walk_steps(adjoint: Any, kwargs: dict[str, Any], steps: Steps) -> Any:
     reached = jnp.where(count > bound, right[-1], t1)
 
     def fill(sub: Any, save: SaveState) -> SaveState:
-        where = (left, right, steps_taken, t0, reached)
-        return _fill(sub, save, state.y, final.y, emitted, solver, args, direction, *where)
+        at_times = None if sub.ts is None else next(values)
+        states = emitted[0] if sub.steps else None
+        return _fill(sub, save, state.y, final.y, at_times, states, args, right, steps_taken, t0, reached)
 
     save_state = jtu.tree_map(fill, saveat.subs, state.save_state, is_leaf=is_save)
     where = lambda s: (s.y, s.tprev, s.solver_state, s.result, s.num_steps, s.num_accepted_steps, s.save_state)
@@ -149,15 +180,10 @@ def _walk(
     emit: Any,
 ) -> tuple[Carry, Any]:
     left, right = ends
-    carry: Any = None
     within = asks_within(solver)
+    carry: Any = None
     if solver_state is not None or not steps.static:
-        bare = make_rows((), left[:1], right[:1], own_grid=False)
-        prepared = prepare_solver(solver)
-        carry = first_carry(prepared, terms, args, y0, bare, fallible=True)
-        if solver_state is not None:
-            resumed = adopt_state(prepared, solver_state, terms, left[0], right[0], y0, args, fresh=False)
-            carry = Carry(carry.y, resumed, carry.result)
+        carry = _begin(solver, terms, args, y0, left[:1], right[:1], solver_state)
     if steps.static:
         rows = make_rows(terms, left, right, steps.live, steps.jump, own_grid=False, within=within)
         return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)[:2]
@@ -179,16 +205,134 @@ def _walk(
     return carry, jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 
+def _begin(solver: Any, terms: Any, args: Any, y0: Any, left: Any, right: Any, solver_state: Any) -> Carry:
+    """The carry before the first row, from the state of the solver where one was passed on."""
+    bare = make_rows((), left, right, own_grid=False)
+    prepared = prepare_solver(solver)
+    carry = first_carry(prepared, terms, args, y0, bare, fallible=True)
+    if solver_state is None:
+        return carry
+    resumed = adopt_state(prepared, solver_state, terms, left[0], right[0], y0, args, fresh=False)
+    return Carry(carry.y, resumed, carry.result)
+
+
+def _walk_in_chunks(
+    adjoint: Any,
+    solver: Any,
+    terms: Any,
+    args: Any,
+    y0: Any,
+    requested: list[Any],
+    t0: Any,
+    direction: Any,
+    steps: Steps,
+    solver_state: Any,
+) -> tuple[Carry, list[Any]]:
+    """Walk chunk after chunk, as long as there are steps to take.
+
+    Returns:
+        The last carry, and what every ``SubSaveAt`` in ``requested`` saves at its times, as far as they were reached.
+    """
+    left, right = steps.left, steps.right
+    within = asks_within(solver)
+    live = jnp.ones(left.shape, bool) if steps.live is None else steps.live
+    carry = _begin(solver, terms, args, y0, left[:1] * direction, right[:1] * direction, solver_state)
+    at_start = [sub.fn(t0, y0, args) for sub in requested]
+    spread = lambda sub, tree: jtu.tree_map(lambda x: jnp.broadcast_to(x, (sub.ts.shape[0], *jnp.shape(x))), tree)
+    saved = [spread(sub, tree) for sub, tree in zip(requested, at_start)]
+
+    def chunk(carry: tuple[Carry, list[Any]], xs: Any) -> tuple[Carry, list[Any]]:
+        walked, saved = carry
+        left, right, live, jump = xs
+        rows = make_rows(terms, left * direction, right * direction, live, jump, own_grid=False, within=within)
+        emit = lambda _, carry, info: info[1]
+        every = 1 if requested else None
+        walked, dense, _ = adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=walked)
+        last = left[0], right[-1]
+        for i, sub in enumerate(requested):
+            saved[i] = _look_up(sub, saved[i], *last, left, right, dense, solver, args, direction)
+        return walked, saved
+
+    return _while_live(chunk, (carry, saved), _folded((left, right, live, steps.jump), CHUNK))
+
+
+def _folded(xs: Any, size: int) -> Any:
+    """The rows in pieces of this size; those that fill the last one up are not live."""
+    left, right, live, jump = xs
+    short = -left.shape[0] % size
+    pad = lambda x: None if x is None else jnp.concatenate([x, jnp.broadcast_to(x[-1], (short, *x.shape[1:]))])
+    live = jnp.concatenate([live, jnp.zeros((short, *live.shape[1:]), bool)])
+    return jtu.tree_map(lambda x: x.reshape(-1, size, *x.shape[1:]), (pad(left), pad(right), live, pad(jump)))
+
+
+def _while_live(go: Any, carry: Any, xs: Any) -> Any:
+    """``carry = go(carry, x)`` for every x whose first row is live; whole groups of the others are skipped at once."""
+    if xs[0].shape[0] > _GROUP:
+        return _while_live(lambda carry, group: _while_live(go, carry, group), carry, _folded(xs, _GROUP))
+
+    def body(carry: Any, x: Any) -> tuple[Any, None]:
+        return jax.lax.cond(x[2].reshape(-1)[0], lambda c: go(c, x), lambda c: c, carry), None
+
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, xs)[0]
+
+
+def _look_up(
+    sub: Any,
+    saved: Any,
+    begin: Any,
+    end: Any,
+    left: Any,
+    right: Any,
+    dense: Any,
+    solver: Any,
+    args: Any,
+    direction: Any,
+) -> Any:
+    """What is saved, with the entries of the times within these rows."""
+
+    def window(ts: Any, saved: Any) -> Any:
+        here = (ts > begin) & (ts <= end)
+        info = lambda i: jtu.tree_map(lambda x: x[i], dense)
+        values = _at_times(eqx.tree_at(lambda s: s.ts, sub, ts), left, right, info, solver, args, direction)
+        pick = lambda new, old: jnp.where(_along(here, old), new, old)
+        return jtu.tree_map(pick, values, saved)
+
+    count = sub.ts.shape[0]
+    if count <= _WINDOW:
+        return window(sub.ts, saved)
+    # The times are in order, so most windows have nothing to do with these rows.
+    short = -count % _WINDOW
+    fold = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[-1], (short, *x.shape[1:]))]).reshape(
+        -1, _WINDOW, *x.shape[1:]
+    )
+
+    def body(_: None, xs: Any) -> tuple[None, Any]:
+        ts, saved = xs
+        return None, jax.lax.cond((ts[-1] > begin) & (ts[0] <= end), window, lambda ts, saved: saved, ts, saved)
+
+    _, out = jax.lax.scan(body, None, (fold(sub.ts), jtu.tree_map(fold, saved)))
+    return jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
+
+
+def _at_times(sub: Any, left: Any, right: Any, info: Any, solver: Any, args: Any, direction: Any) -> Any:
+    """``sub.fn`` at the times of a ``SubSaveAt``, from ``info(i)``, the dense information of row i."""
+    row = jnp.clip(jnp.searchsorted(right, sub.ts, side="left"), 0, right.shape[0] - 1)
+
+    def at(i: Any, t: Any) -> Any:
+        piece = solver.interpolation_cls(t0=left[i] * direction, t1=right[i] * direction, **info(i))
+        return sub.fn(t, piece.evaluate(t * direction), args)
+
+    return jax.vmap(at)(row, sub.ts)
+
+
 def _fill(
     sub: Any,
     save: SaveState,
     y0: Any,
     y1: Any,
-    emitted: Any,
-    solver: Any,
+    at_times: Any,
+    states: Any,
     args: Any,
-    direction: Any,
-    left: Any,
     right: Any,
     count: Any,
     t0: Any,
@@ -204,18 +348,9 @@ def _fill(
         ts, ys = ts.at[index].set(t0), jtu.tree_map(lambda b, x: b.at[index].set(x), ys, sub.fn(t0, y0, args))
         index = index + 1
     if sub.ts is not None:
-        row = jnp.clip(jnp.searchsorted(right, sub.ts, side="left"), 0, jnp.maximum(count - 1, 0))
-        _, dense = emitted
-
-        def at(i: Any, t: Any) -> Any:
-            info = jtu.tree_map(lambda x: x[i], dense)
-            piece = solver.interpolation_cls(t0=left[i] * direction, t1=right[i] * direction, **info)
-            return sub.fn(t, piece.evaluate(t * direction), args)
-
-        values = jax.vmap(at)(row, sub.ts)
         # Where no time passes there are no steps to look into.
         start = sub.fn(t0, y0, args)
-        values = jtu.tree_map(lambda x, v: jnp.where(count == 0, x, v), start, values)
+        values = jtu.tree_map(lambda x, v: jnp.where((count == 0) | _along(sub.ts <= t0, v), x, v), start, at_times)
         done = sub.ts <= reached
         # What is not to be written is sent out of the buffer, where it is dropped.
         at_index = jnp.where(done, index + jnp.arange(sub.ts.shape[0]), ts.shape[0])
@@ -224,7 +359,7 @@ def _fill(
         index, ts_index = index + done.sum(), ts_index + done.sum()
     if sub.steps:
         rows = jnp.arange(sub.steps - 1, right.shape[0], sub.steps)
-        values = jax.vmap(lambda i: sub.fn(right[i], jtu.tree_map(lambda x: x[i], emitted[0]), args))(rows)
+        values = jax.vmap(lambda i: sub.fn(right[i], jtu.tree_map(lambda x: x[i], states), args))(rows)
         at_index = jnp.where(rows < count, index + jnp.arange(rows.shape[0]), ts.shape[0])
         write = lambda buffer, x: buffer.at[at_index].set(x, mode="drop")
         ts, ys = write(ts, right[rows]), jtu.tree_map(write, ys, values)
@@ -236,3 +371,8 @@ def _fill(
         ts, ys = write(ts, reached), jtu.tree_map(write, ys, sub.fn(reached, y1, args))
         index = index + jnp.where(already, 0, 1)
     return SaveState(saveat_ts_index=ts_index, ts=ts, ys=ys, save_index=index)
+
+
+def _along(flags: Any, x: Any) -> Any:
+    """Flags of the leading axis, to be broadcast against an array."""
+    return flags.reshape(-1, *[1] * (jnp.ndim(x) - 1))
