@@ -12,6 +12,7 @@ follow the steps that are taken. What is to be saved at given times is computed 
 all rows together may be a thousand times the solution.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
@@ -26,7 +27,7 @@ from ..paths import GridBrownian
 from ..paths._rows import RowNoise
 from ..walking import Carry, adopt_state, asks_within, first_carry, make_rows, prepare_solver, restarts, take_step
 
-CHUNK = 32  # rows of a chunk
+CHUNK = 16  # rows of a chunk
 _GROUP = 32  # chunks of a group, groups of the next larger one
 _WINDOW = 64  # how many of the requested times a chunk looks at together
 
@@ -124,24 +125,19 @@ def walk_steps(adjoint: Any, kwargs: dict[str, Any], steps: Steps) -> Any:
     requested = [sub for sub in subs if sub.ts is not None]
     emitted: Any = None
     if wants_steps or steps.static:
-        prepared = prepare_solver(solver)
-        few = 4 * sum(sub.ts.shape[0] for sub in requested) <= left.shape[0]
-        again = steps.static and few and adjoint.keeps_states and restarts(prepared, state.solver_state)
-        keep = emit
-        if again and requested:
-            # The few steps that are looked into are taken once more: the dense information of all is far larger.
-            keep = lambda right, carry, info: (carry.y, None)
-        final, emitted = _walk(*given, (left * direction, right * direction), steps, start, every, keep)
-        if again and requested:
-            before = jtu.tree_map(lambda y, ys: jnp.concatenate([y[None], ys[:-1]]), state.y, emitted[0])
-            info = lambda i: take_step(
-                prepared, terms, left[i] * direction, right[i] * direction, jtu.tree_map(lambda x: x[i], before), args
-            )[2]
+        number = sum(sub.ts.shape[0] for sub in requested)
+        keeps = emit
+        again = bool(requested) and number <= left.shape[0] and _can_step_again(adjoint, solver, state.solver_state)
+        if again:
+            keeps = lambda right, carry, info: (carry.y, None)
+        final, emitted = _walk(*given, (left * direction, right * direction), steps, start, every, keeps)
+        if again:
+            info = _steps_again(solver, terms, args, direction, left, right, state.y, emitted[0])
         else:
             info = lambda i: jtu.tree_map(lambda x: x[i], emitted[1])
         found = [_at_times(sub, left, right, info, solver, args, direction) for sub in requested]
     else:
-        final, found = _walk_in_chunks(*given, requested, t0, direction, steps, start)
+        final, found = _walk_in_chunks(*given, requested, t0, direction, steps, start, state.solver_state)
     values = iter(found)
 
     steps_taken = jnp.minimum(count, bound)
@@ -227,6 +223,7 @@ def _walk_in_chunks(
     direction: Any,
     steps: Steps,
     solver_state: Any,
+    example: Any,
 ) -> tuple[Carry, list[Any]]:
     """Walk chunk after chunk, as long as there are steps to take.
 
@@ -240,20 +237,43 @@ def _walk_in_chunks(
     at_start = [sub.fn(t0, y0, args) for sub in requested]
     spread = lambda sub, tree: jtu.tree_map(lambda x: jnp.broadcast_to(x, (sub.ts.shape[0], *jnp.shape(x))), tree)
     saved = [spread(sub, tree) for sub, tree in zip(requested, at_start)]
+    terms, typed = _bare_keys(terms)
+    again = sum(sub.ts.shape[0] for sub in requested) <= CHUNK and _can_step_again(adjoint, solver, example)
 
     def chunk(carry: tuple[Carry, list[Any]], xs: Any) -> tuple[Carry, list[Any]]:
         walked, saved = carry
         left, right, live, jump = xs
-        rows = make_rows(terms, left * direction, right * direction, live, jump, own_grid=False, within=within)
-        emit = lambda _, carry, info: info[1]
+        own = typed(terms)
+        rows = make_rows(own, left * direction, right * direction, live, jump, own_grid=False, within=within)
+        emit = lambda _, carry, info: carry.y if again else info[1]
         every = 1 if requested else None
-        walked, dense, _ = adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=walked)
-        last = left[0], right[-1]
-        for i, sub in enumerate(requested):
-            saved[i] = _look_up(sub, saved[i], *last, left, right, dense, solver, args, direction)
-        return walked, saved
+        start = walked.y
+        walked, kept, _ = adjoint.walk(solver, own, args, y0, rows, every=every, emit=emit, start=walked)
+        if again and requested:
+            info = _steps_again(solver, own, args, direction, left, right, start, kept)
+        else:
+            info = lambda i: jtu.tree_map(lambda x: x[i], kept)
+        where = (left[0], right[-1], left, right, info, solver, args, direction)
+        return walked, [_look_up(sub, entries, *where) for sub, entries in zip(requested, saved)]
 
     return _while_live(chunk, (carry, saved), _folded((left, right, live, steps.jump), CHUNK))
+
+
+def _bare_keys(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The tree with its random keys as numbers, and what makes keys of them again.
+
+    JAX cannot differentiate a branch that a typed key goes into: it confuses the key's tangent with the key.
+    """
+    is_key = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    kinds = [jax.random.key_impl(x) if is_key(x) else None for x in jtu.tree_leaves(tree)]
+    bare = jtu.tree_map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+    def typed(tree: Any) -> Any:
+        leaves, treedef = jtu.tree_flatten(tree)
+        keys = [x if kind is None else jax.random.wrap_key_data(x, impl=kind) for x, kind in zip(leaves, kinds)]
+        return treedef.unflatten(keys)
+
+    return bare, typed
 
 
 def _folded(xs: Any, size: int) -> Any:
@@ -270,10 +290,12 @@ def _while_live(go: Any, carry: Any, xs: Any) -> Any:
     if xs[0].shape[0] > _GROUP:
         return _while_live(lambda carry, group: _while_live(go, carry, group), carry, _folded(xs, _GROUP))
 
-    def body(carry: Any, x: Any) -> tuple[Any, None]:
-        return jax.lax.cond(x[2].reshape(-1)[0], lambda c: go(c, x), lambda c: c, carry), None
+    again = jax.checkpoint(go, prevent_cse=False)
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, xs)[0]
+    def body(carry: Any, x: Any) -> tuple[Any, None]:
+        return jax.lax.cond(x[2].reshape(-1)[0], again, lambda carry, x: carry, carry, x), None
+
+    return jax.lax.scan(body, carry, xs)[0]
 
 
 def _look_up(
@@ -283,7 +305,7 @@ def _look_up(
     end: Any,
     left: Any,
     right: Any,
-    dense: Any,
+    info: Any,
     solver: Any,
     args: Any,
     direction: Any,
@@ -292,7 +314,6 @@ def _look_up(
 
     def window(ts: Any, saved: Any) -> Any:
         here = (ts > begin) & (ts <= end)
-        info = lambda i: jtu.tree_map(lambda x: x[i], dense)
         values = _at_times(eqx.tree_at(lambda s: s.ts, sub, ts), left, right, info, solver, args, direction)
         pick = lambda new, old: jnp.where(_along(here, old), new, old)
         return jtu.tree_map(pick, values, saved)
@@ -312,6 +333,24 @@ def _look_up(
 
     _, out = jax.lax.scan(body, None, (fold(sub.ts), jtu.tree_map(fold, saved)))
     return jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
+
+
+def _can_step_again(adjoint: Any, solver: Any, solver_state: Any) -> bool:
+    """Whether the steps that hold requested times may be taken once more: the dense information of all is far larger.
+
+    That needs the state before a step alone, and a reverse pass that keeps states anyway.
+    """
+    return adjoint.keeps_states and restarts(prepare_solver(solver), solver_state)
+
+
+def _steps_again(
+    solver: Any, terms: Any, args: Any, direction: Any, left: Any, right: Any, y0: Any, ys: Any
+) -> Callable[[Any], Any]:
+    """``info(i)``, the dense information of row i, by its step from the state before it; ``ys`` are those after."""
+    prepared = prepare_solver(solver)
+    before = jtu.tree_map(lambda y, ys: jnp.concatenate([y[None], ys[:-1]]), y0, ys)
+    start = lambda i: jtu.tree_map(lambda x: x[i], before)
+    return lambda i: take_step(prepared, terms, left[i] * direction, right[i] * direction, start(i), args)[2]
 
 
 def _at_times(sub: Any, left: Any, right: Any, info: Any, solver: Any, args: Any, direction: Any) -> Any:
