@@ -8,8 +8,7 @@ was asked to be saved. Brownian paths of any kind are asked for all their increm
 Where the number of steps is static (``StepTo``, a ``GridBrownian`` among the terms, or times that are not traced) all
 rows are laid out at once. Otherwise it is known only at run time: then the walk goes in chunks of rows up to
 ``max_steps``, and skips the chunks that are not needed, in groups, groups of groups and so on, so that time and memory
-follow the steps that are taken. What is to be saved at given times is computed chunk by chunk: the dense information of
-all rows together may be a thousand times the solution.
+follow the steps that are taken. What is to be saved at given times is computed chunk by chunk, never kept for all rows.
 """
 
 from collections.abc import Callable
@@ -22,10 +21,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._compat import SaveState, known_value, unwrap
-from .._results import demote
+from .._results import RESULTS, demote
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
-from ..walking import Carry, adopt_state, asks_within, first_carry, make_rows, prepare_solver, restarts, take_step
+from ..walking import Carry, Rows, adopt_state, asks_within, first_carry, make_rows, prepare_solver, restarts
+from ..walking._row import step_row
 
 CHUNK = 16  # rows of a chunk
 _GROUP = 32  # chunks of a group, groups of the next larger one
@@ -60,85 +60,114 @@ def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
     if isinstance(controller, diffrax.StepTo):
         # diffrax has checked that these times span the solve, and hands the second one on through that check.
         times = controller.ts.at[1].set(state.tnext)
-        bound, count, static = min(times.shape[0] - 1, bound), times.shape[0] - 1, True
-        left, right, live = times[:bound], times[1 : bound + 1], None
-    else:
-        count = state.controller_state[1]
-        known = known_value(count)
-        static = bool(paths) or known is not None
-        if paths:
-            bound = min(bound, max(p.grid.num_rows for p in paths))
-        if known is not None:
-            count = int(known)
-            bound = min(bound, max(count, 1))
-        rounded = bound if static else -(-bound // CHUNK) * CHUNK
+        count, static = times.shape[0] - 1, True
+        bound = min(count, bound)
+        return walk_steps(
+            adjoint, kwargs, Steps(lambda i: (times[i], times[i + 1], None, None), count, bound, static)
+        ), {}
+
+    count = state.controller_state[1]
+    known = known_value(count)
+    static = bool(paths) or known is not None
+    if paths:
+        bound = min(bound, max(p.grid.num_rows for p in paths))
+    if known is not None:
+        count = int(known)
+        bound = min(bound, max(count, 1))
+
+    def time(i: Any) -> Any:
         # The formula of diffrax's constant steps, so that both loops stand on the same times: equal steps, except
         # that the first one is dt0 even where dt0 does not divide the whole.
-        index = jnp.arange(rounded + 1)
-        fraction = jnp.minimum(index, count).astype(t0.dtype) / jnp.maximum(count, 1).astype(t0.dtype)
-        times = jnp.where(index == 1, state.tnext, t0 + (t1 - t0) * fraction)
-        times = jnp.where(index >= count, t1, times)
-        live = index[:-1] < jnp.minimum(count, bound)
-        last = jnp.maximum(jnp.minimum(count, bound) - 1, 0)
-        left, right = jnp.where(live, times[:-1], times[last]), jnp.where(live, times[1:], times[last + 1])
+        fraction = jnp.minimum(i, count).astype(t0.dtype) / jnp.maximum(count, 1).astype(t0.dtype)
+        inner = jnp.where(i == 1, state.tnext, t0 + (t1 - t0) * fraction)
+        return jnp.where(i >= count, t1, inner)
 
-    steps = Steps(left, right, live, None, count, bound, static)
-    return walk_steps(adjoint, kwargs, steps), {}
+    def rows(i: Any) -> Any:
+        taken = jnp.minimum(count, bound)
+        i, live = jnp.minimum(i, jnp.maximum(taken - 1, 0)), i < taken
+        return time(i), time(i + 1), live, None
+
+    return walk_steps(adjoint, kwargs, Steps(rows, count, bound, static)), {}
 
 
 class Steps(NamedTuple):
     """The steps of a walk on diffrax's (increasing) time axis.
 
     Fields:
-        left, right: the ends of all rows.
-        live: which rows are steps; None if all are.
-        jump: whether the field may jump at ``left``; None if it never does.
+        rows: ``rows(i)`` gives, for an array of numbers of rows, their ends ``left`` and ``right``, which of them are
+            steps (None if all are) and whether the field may jump at ``left`` (None if never). Steps come first.
         count: how many steps there are to take.
         bound: how many of them may be taken; with more to take the walk ends early and says so.
         static: whether all rows are laid out at once; else they are walked in chunks, and dead chunks are skipped.
     """
 
-    left: Any
-    right: Any
-    live: Any
-    jump: Any
+    rows: Callable[[Any], tuple[Any, Any, Any, Any]]
     count: Any
     bound: int
     static: bool
 
 
+class _Walk(NamedTuple):
+    """What all parts of one walk share; ``direction`` is -1 where time decreases."""
+
+    adjoint: Any
+    solver: Any
+    terms: Any
+    args: Any
+    direction: Any
+    steps_again: bool
+
+    def rows(self, terms: Any, row: Any) -> Rows:
+        left, right, live, jump = row
+        ends = (left * self.direction, right * self.direction)
+        return make_rows(terms, *ends, live, jump, own_grid=False, within=asks_within(self.solver))
+
+    def walk(self, terms: Any, y0: Any, rows: Rows, every: int | None, emit: Any, start: Any) -> tuple[Carry, Any]:
+        walked = self.adjoint.walk(self.solver, terms, self.args, y0, rows, every=every, emit=emit, start=start)
+        return walked[:2]
+
+    def dense_of(self, terms: Any, rows: Rows, y0: Any, kept: Any) -> Callable[[Any], Any]:
+        """``info(i)``, the dense information of row i.
+
+        Arguments:
+            y0: the state before the rows.
+            kept: that information of all rows; where the steps are taken again, the states after them.
+        """
+        if not self.steps_again:
+            return lambda i: jtu.tree_map(lambda x: x[i], kept)
+        solver = prepare_solver(self.solver)
+        before = jtu.tree_map(lambda y, ys: jnp.concatenate([y[None], ys[:-1]]), y0, kept)
+
+        def info(i: Any) -> Any:
+            y, left, right, noise = jtu.tree_map(lambda x: x[i], (before, rows.left, rows.right, rows.noise))
+            state = solver.init(terms, left, right, y, self.args)
+            carry = Carry(y, state, RESULTS.successful)
+            return step_row(solver, terms, self.args, rows, carry, (left, right, None, None, noise))[1][1]
+
+        return info
+
+
 def walk_steps(adjoint: Any, kwargs: dict[str, Any], steps: Steps) -> Any:
     """Walk these steps, and return diffrax's final state."""
-    solver, args, saveat, state = kwargs["solver"], kwargs["args"], kwargs["saveat"], kwargs["init_state"]
-    t0, t1 = kwargs["t0"], kwargs["t1"]
+    args, saveat, state, t0 = kwargs["args"], kwargs["saveat"], kwargs["init_state"], kwargs["t0"]
     terms, direction = unwrap(kwargs["terms"])
-    left, right, count, bound = steps.left, steps.right, steps.count, steps.bound
+    count, bound = steps.count, steps.bound
     subs = jtu.tree_leaves(saveat.subs, is_leaf=is_save)
-    wants_dense, wants_steps = any(s.ts is not None for s in subs), any(s.steps for s in subs)
-
-    def emit(_: Any, carry: Carry, info: Any) -> Any:
-        return (carry.y if wants_steps else None), (info[1] if wants_dense else None)
-
-    every = 1 if wants_dense or wants_steps else None
+    requested, wants_steps = [sub for sub in subs if sub.ts is not None], any(sub.steps for sub in subs)
     start = state.solver_state if kwargs["passed_solver_state"] else None
-    given = (adjoint, solver, terms, args, state.y)
-    requested = [sub for sub in subs if sub.ts is not None]
-    emitted: Any = None
-    if wants_steps or steps.static:
-        number = sum(sub.ts.shape[0] for sub in requested)
-        keeps = emit
-        again = bool(requested) and number <= left.shape[0] and _can_step_again(adjoint, solver, state.solver_state)
-        if again:
-            keeps = lambda right, carry, info: (carry.y, None)
-        final, emitted = _walk(*given, (left * direction, right * direction), steps, start, every, keeps)
-        if again:
-            info = _steps_again(solver, terms, args, direction, left, right, state.y, emitted[0])
-        else:
-            info = lambda i: jtu.tree_map(lambda x: x[i], emitted[1])
-        found = [_at_times(sub, left, right, info, solver, args, direction) for sub in requested]
+
+    laid_out = wants_steps or steps.static
+    # The steps that hold requested times are taken once more, where they are few and need the state before them alone:
+    # the dense information of all rows is far larger than the states.
+    few = sum(sub.ts.shape[0] for sub in requested) <= (bound if laid_out else CHUNK)
+    follows = restarts(prepare_solver(kwargs["solver"]), state.solver_state)
+    walk = _Walk(adjoint, kwargs["solver"], terms, args, direction, few and follows and adjoint.keeps_states)
+    right = states = None
+    if laid_out:
+        final, values, right, states = _walk_whole(walk, state.y, steps, start, requested, wants_steps)
     else:
-        final, found = _walk_in_chunks(*given, requested, t0, direction, steps, start, state.solver_state)
-    values = iter(found)
+        final, values = _walk_in_chunks(walk, state.y, steps, start, requested, t0)
+    each = iter(values)
 
     steps_taken = jnp.minimum(count, bound)
     result = diffrax.RESULTS.successful if final.result is None else demote(final.result)
@@ -150,11 +179,10 @@ def walk_steps(adjoint: Any, kwargs: dict[str, Any], steps: Steps) -> Any:
     okay = (result == diffrax.RESULTS.successful) & ~finite
     result = diffrax.RESULTS.where(okay, diffrax.RESULTS.nonfinite, result)  # pyright: ignore
 
-    reached = jnp.where(count > bound, right[-1], t1)
+    reached = jnp.where(count > bound, steps.rows(jnp.asarray(bound - 1))[1], kwargs["t1"])
 
     def fill(sub: Any, save: SaveState) -> SaveState:
-        at_times = None if sub.ts is None else next(values)
-        states = emitted[0] if sub.steps else None
+        at_times = None if sub.ts is None else next(each)
         return _fill(sub, save, state.y, final.y, at_times, states, args, right, steps_taken, t0, reached)
 
     save_state = jtu.tree_map(fill, saveat.subs, state.save_state, is_leaf=is_save)
@@ -163,100 +191,112 @@ def walk_steps(adjoint: Any, kwargs: dict[str, Any], steps: Steps) -> Any:
     return eqx.tree_at(where, state, new, is_leaf=lambda x: x is None)
 
 
-def _walk(
-    adjoint: Any,
-    solver: Any,
-    terms: Any,
-    args: Any,
-    y0: Any,
-    ends: tuple[Any, Any],
-    steps: Steps,
-    solver_state: Any,
-    every: int | None,
-    emit: Any,
-) -> tuple[Carry, Any]:
-    left, right = ends
-    within = asks_within(solver)
+def _walk_whole(
+    walk: _Walk, y0: Any, steps: Steps, solver_state: Any, requested: list[Any], wants_steps: bool
+) -> tuple[Carry, list[Any], Any, Any]:
+    """Walk rows that are laid out all at once.
+
+    Returns:
+        The last carry, what every ``SubSaveAt`` in ``requested`` saves at its times, the ends of all rows and, on
+        request, the states there.
+    """
+    size = steps.bound if steps.static else -(-steps.bound // CHUNK) * CHUNK
+    laid = steps.rows(jnp.arange(size))
+    terms, wants_states = walk.terms, wants_steps or (bool(requested) and walk.steps_again)
+    wants_dense = bool(requested) and not walk.steps_again
+    keep = lambda _, carry, info: ((carry.y if wants_states else None), (info[1] if wants_dense else None))
+    every = 1 if wants_states or wants_dense else None
     carry: Any = None
     if solver_state is not None or not steps.static:
-        carry = _begin(solver, terms, args, y0, left[:1], right[:1], solver_state)
+        carry = _begin(walk, y0, laid, solver_state)
     if steps.static:
-        rows = make_rows(terms, left, right, steps.live, steps.jump, own_grid=False, within=within)
-        return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)[:2]
+        final, emitted = walk.walk(terms, y0, walk.rows(terms, laid), every, keep, carry)
+    else:
 
-    chunked = jtu.tree_map(lambda x: x.reshape(-1, CHUNK), (left, right, steps.live, steps.jump))
+        def chunk(carry: Carry, row: Any) -> tuple[Carry, Any]:
+            def go(carry: Carry) -> tuple[Carry, Any]:
+                return walk.walk(terms, y0, walk.rows(terms, row), every, keep, carry)
 
-    def chunk(carry: Carry, xs: Any) -> tuple[Carry, Any]:
-        def go(carry: Carry) -> tuple[Carry, Any]:
-            rows = make_rows(terms, *xs, own_grid=False, within=within)
-            return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)[:2]
+            def skip(carry: Carry) -> tuple[Carry, Any]:
+                shape = eqx.filter_eval_shape(go, carry)[1]
+                return carry, jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
 
-        def skip(carry: Carry) -> tuple[Carry, Any]:
-            shape = eqx.filter_eval_shape(go, carry)[1]
-            return carry, jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+            return jax.lax.cond(row[2][0], go, skip, carry)
 
-        return jax.lax.cond(xs[2][0], go, skip, carry)
+        chunks = jtu.tree_map(lambda x: x.reshape(-1, CHUNK), laid)
+        final, emitted = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), carry, chunks)
+        emitted = jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:]), emitted)
+    states, dense = (None, None) if emitted is None else emitted
+    values = []
+    if requested:
+        info = walk.dense_of(terms, walk.rows(terms, laid), y0, states if walk.steps_again else dense)
+        values = [_at_times(walk, sub, laid, info) for sub in requested]
+    return final, values, laid[1], states
 
-    carry, out = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), carry, chunked)
-    return carry, jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
-
-def _begin(solver: Any, terms: Any, args: Any, y0: Any, left: Any, right: Any, solver_state: Any) -> Carry:
+def _begin(walk: _Walk, y0: Any, row: Any, solver_state: Any) -> Carry:
     """The carry before the first row, from the state of the solver where one was passed on."""
+    left, right = (x[:1] * walk.direction for x in row[:2])
     bare = make_rows((), left, right, own_grid=False)
-    prepared = prepare_solver(solver)
-    carry = first_carry(prepared, terms, args, y0, bare, fallible=True)
+    prepared = prepare_solver(walk.solver)
+    carry = first_carry(prepared, walk.terms, walk.args, y0, bare, fallible=True)
     if solver_state is None:
         return carry
-    resumed = adopt_state(prepared, solver_state, terms, left[0], right[0], y0, args, fresh=False)
+    resumed = adopt_state(prepared, solver_state, walk.terms, left[0], right[0], y0, walk.args, fresh=False)
     return Carry(carry.y, resumed, carry.result)
 
 
 def _walk_in_chunks(
-    adjoint: Any,
-    solver: Any,
-    terms: Any,
-    args: Any,
-    y0: Any,
-    requested: list[Any],
-    t0: Any,
-    direction: Any,
-    steps: Steps,
-    solver_state: Any,
-    example: Any,
+    walk: _Walk, y0: Any, steps: Steps, solver_state: Any, requested: list[Any], t0: Any
 ) -> tuple[Carry, list[Any]]:
     """Walk chunk after chunk, as long as there are steps to take.
 
     Returns:
         The last carry, and what every ``SubSaveAt`` in ``requested`` saves at its times, as far as they were reached.
     """
-    left, right = steps.left, steps.right
-    within = asks_within(solver)
-    live = jnp.ones(left.shape, bool) if steps.live is None else steps.live
-    carry = _begin(solver, terms, args, y0, left[:1] * direction, right[:1] * direction, solver_state)
-    at_start = [sub.fn(t0, y0, args) for sub in requested]
+    bare, typed = _bare_keys(walk.terms)
+    taken = jnp.minimum(steps.count, steps.bound)
+    of_chunk = jnp.arange(CHUNK)
+    start = [sub.fn(t0, y0, walk.args) for sub in requested]
     spread = lambda sub, tree: jtu.tree_map(lambda x: jnp.broadcast_to(x, (sub.ts.shape[0], *jnp.shape(x))), tree)
-    saved = [spread(sub, tree) for sub, tree in zip(requested, at_start)]
-    terms, typed = _bare_keys(terms)
-    again = sum(sub.ts.shape[0] for sub in requested) <= CHUNK and _can_step_again(adjoint, solver, example)
+    saved = [spread(sub, tree) for sub, tree in zip(requested, start)]
 
-    def chunk(carry: tuple[Carry, list[Any]], xs: Any) -> tuple[Carry, list[Any]]:
-        walked, saved = carry
-        left, right, live, jump = xs
-        own = typed(terms)
-        rows = make_rows(own, left * direction, right * direction, live, jump, own_grid=False, within=within)
-        emit = lambda _, carry, info: carry.y if again else info[1]
-        every = 1 if requested else None
-        start = walked.y
-        walked, kept, _ = adjoint.walk(solver, own, args, y0, rows, every=every, emit=emit, start=walked)
-        if again and requested:
-            info = _steps_again(solver, own, args, direction, left, right, start, kept)
-        else:
-            info = lambda i: jtu.tree_map(lambda x: x[i], kept)
-        where = (left[0], right[-1], left, right, info, solver, args, direction)
-        return walked, [_look_up(sub, entries, *where) for sub, entries in zip(requested, saved)]
+    def chunk(carry: tuple[Carry, list[Any]], index: Any, bare: Any) -> tuple[Carry, list[Any]]:
+        before, saved = carry
+        terms, row = typed(bare), steps.rows(index * CHUNK + of_chunk)
+        rows = walk.rows(terms, row)
+        keep = lambda _, carry, info: carry.y if walk.steps_again else info[1]
+        after, kept = walk.walk(terms, y0, rows, 1 if requested else None, keep, before)
+        if requested:
+            info = walk.dense_of(terms, rows, before.y, kept)
+            saved = [_look_up(walk, sub, entries, row, info) for sub, entries in zip(requested, saved)]
+        return after, saved
 
-    return _while_live(chunk, (carry, saved), _folded((left, right, live, steps.jump), CHUNK))
+    begin = _begin(walk, y0, steps.rows(of_chunk), solver_state)
+    number = -(-steps.bound // CHUNK)
+    return _while_live(chunk, (begin, saved), bare, jnp.asarray(0), number, 1, lambda index: index * CHUNK < taken)
+
+
+def _while_live(
+    go: Any, carry: Any, constant: Any, first: Any, number: int, stride: int, is_live: Callable[[Any], Any]
+) -> Any:
+    """``carry = go(carry, i, constant)`` for the ``number`` values of i from ``first`` on, as long as they are live.
+
+    Groups of those that are not are skipped at once, by a branch a group, so that derivatives of every order exist and
+    the time depends on how many are live.
+    """
+    while number > _GROUP * stride:
+        stride *= _GROUP
+    inner = go
+    if stride > 1:
+        inner = lambda carry, i, c: _while_live(go, carry, c, i, stride, 1, is_live)
+    again = jax.checkpoint(inner, prevent_cse=False)
+
+    def body(carry: Any, i: Any) -> tuple[Any, None]:
+        return jax.lax.cond(is_live(i), again, lambda carry, i, c: carry, carry, i, constant), None
+
+    indices = first + stride * jnp.arange(-(-number // stride))
+    return jax.lax.scan(body, carry, indices)[0]
 
 
 def _bare_keys(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -267,65 +307,32 @@ def _bare_keys(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     is_key = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     kinds = [jax.random.key_impl(x) if is_key(x) else None for x in jtu.tree_leaves(tree)]
     bare = jtu.tree_map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+    arrays, static = eqx.partition(bare, eqx.is_array)
 
-    def typed(tree: Any) -> Any:
-        leaves, treedef = jtu.tree_flatten(tree)
+    def typed(arrays: Any) -> Any:
+        leaves, treedef = jtu.tree_flatten(eqx.combine(arrays, static))
         keys = [x if kind is None else jax.random.wrap_key_data(x, impl=kind) for x, kind in zip(leaves, kinds)]
         return treedef.unflatten(keys)
 
-    return bare, typed
+    return arrays, typed
 
 
-def _folded(xs: Any, size: int) -> Any:
-    """The rows in pieces of this size; those that fill the last one up are not live."""
-    left, right, live, jump = xs
-    short = -left.shape[0] % size
-    pad = lambda x: None if x is None else jnp.concatenate([x, jnp.broadcast_to(x[-1], (short, *x.shape[1:]))])
-    live = jnp.concatenate([live, jnp.zeros((short, *live.shape[1:]), bool)])
-    return jtu.tree_map(lambda x: x.reshape(-1, size, *x.shape[1:]), (pad(left), pad(right), live, pad(jump)))
-
-
-def _while_live(go: Any, carry: Any, xs: Any) -> Any:
-    """``carry = go(carry, x)`` for every x whose first row is live; whole groups of the others are skipped at once."""
-    if xs[0].shape[0] > _GROUP:
-        return _while_live(lambda carry, group: _while_live(go, carry, group), carry, _folded(xs, _GROUP))
-
-    again = jax.checkpoint(go, prevent_cse=False)
-
-    def body(carry: Any, x: Any) -> tuple[Any, None]:
-        return jax.lax.cond(x[2].reshape(-1)[0], again, lambda carry, x: carry, carry, x), None
-
-    return jax.lax.scan(body, carry, xs)[0]
-
-
-def _look_up(
-    sub: Any,
-    saved: Any,
-    begin: Any,
-    end: Any,
-    left: Any,
-    right: Any,
-    info: Any,
-    solver: Any,
-    args: Any,
-    direction: Any,
-) -> Any:
+def _look_up(walk: _Walk, sub: Any, saved: Any, row: Any, info: Callable[[Any], Any]) -> Any:
     """What is saved, with the entries of the times within these rows."""
+    begin, end = row[0][0], row[1][-1]
 
     def window(ts: Any, saved: Any) -> Any:
         here = (ts > begin) & (ts <= end)
-        values = _at_times(eqx.tree_at(lambda s: s.ts, sub, ts), left, right, info, solver, args, direction)
-        pick = lambda new, old: jnp.where(_along(here, old), new, old)
-        return jtu.tree_map(pick, values, saved)
+        values = _at_times(walk, eqx.tree_at(lambda s: s.ts, sub, ts), row, info)
+        return jtu.tree_map(lambda new, old: jnp.where(_along(here, old), new, old), values, saved)
 
     count = sub.ts.shape[0]
     if count <= _WINDOW:
         return window(sub.ts, saved)
     # The times are in order, so most windows have nothing to do with these rows.
     short = -count % _WINDOW
-    fold = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[-1], (short, *x.shape[1:]))]).reshape(
-        -1, _WINDOW, *x.shape[1:]
-    )
+    pad = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[-1], (short, *x.shape[1:]))])
+    fold = lambda x: pad(x).reshape(-1, _WINDOW, *x.shape[1:])
 
     def body(_: None, xs: Any) -> tuple[None, Any]:
         ts, saved = xs
@@ -335,33 +342,17 @@ def _look_up(
     return jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
 
 
-def _can_step_again(adjoint: Any, solver: Any, solver_state: Any) -> bool:
-    """Whether the steps that hold requested times may be taken once more: the dense information of all is far larger.
-
-    That needs the state before a step alone, and a reverse pass that keeps states anyway.
-    """
-    return adjoint.keeps_states and restarts(prepare_solver(solver), solver_state)
-
-
-def _steps_again(
-    solver: Any, terms: Any, args: Any, direction: Any, left: Any, right: Any, y0: Any, ys: Any
-) -> Callable[[Any], Any]:
-    """``info(i)``, the dense information of row i, by its step from the state before it; ``ys`` are those after."""
-    prepared = prepare_solver(solver)
-    before = jtu.tree_map(lambda y, ys: jnp.concatenate([y[None], ys[:-1]]), y0, ys)
-    start = lambda i: jtu.tree_map(lambda x: x[i], before)
-    return lambda i: take_step(prepared, terms, left[i] * direction, right[i] * direction, start(i), args)[2]
-
-
-def _at_times(sub: Any, left: Any, right: Any, info: Any, solver: Any, args: Any, direction: Any) -> Any:
-    """``sub.fn`` at the times of a ``SubSaveAt``, from ``info(i)``, the dense information of row i."""
-    row = jnp.clip(jnp.searchsorted(right, sub.ts, side="left"), 0, right.shape[0] - 1)
+def _at_times(walk: _Walk, sub: Any, row: Any, info: Callable[[Any], Any]) -> Any:
+    """``sub.fn`` at the times of a ``SubSaveAt``, by the dense information of the rows that they lie in."""
+    left, right = row[:2]
+    index = jnp.clip(jnp.searchsorted(right, sub.ts, side="left"), 0, right.shape[0] - 1)
 
     def at(i: Any, t: Any) -> Any:
-        piece = solver.interpolation_cls(t0=left[i] * direction, t1=right[i] * direction, **info(i))
-        return sub.fn(t, piece.evaluate(t * direction), args)
+        ends = {"t0": left[i] * walk.direction, "t1": right[i] * walk.direction}
+        piece = walk.solver.interpolation_cls(**ends, **info(i))
+        return sub.fn(t, piece.evaluate(t * walk.direction), walk.args)
 
-    return jax.vmap(at)(row, sub.ts)
+    return jax.vmap(at)(index, sub.ts)
 
 
 def _fill(
