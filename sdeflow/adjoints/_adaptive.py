@@ -27,7 +27,7 @@ from ..walking import adopt_state, prepare_solver, restarts, straighten, with_no
 from ._attach import attach
 from ._freeze import freeze
 from ._sweep import Record, Solve, sweep
-from ._within_diffrax import CHUNK, Steps, is_save, walk_steps
+from ._within_diffrax import Steps, is_save, walk_steps
 
 # What diffrax hands to an adjoint but its own loop does not take.
 _NOT_FOR_LOOP = ("init_state", "throw", "passed_solver_state", "passed_controller_state")
@@ -165,11 +165,14 @@ def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[
     run = freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, loop), freeze(state)))
     final, record = run(freeze(state))
     count = final.num_accepted_steps
-    row = jnp.arange(-(-length // CHUNK) * CHUNK)
-    live, last = row < count, jnp.maximum(jnp.minimum(count, length) - 1, 0)
-    source = jnp.where(live & (row < length), row, last)
-    left, right, jump = (x[source] for x in (record.tprev, record.tnext, record.jump))
-    steps = Steps(left, right, live & (row < length), jump if jumps else None, count, length, False)
+    last = jnp.maximum(jnp.minimum(count, length) - 1, 0)
+
+    def rows(i: Any) -> tuple[Any, Any, Any, Any]:
+        live = (i < count) & (i < length)
+        left, right, jump = (x[jnp.where(live, i, last)] for x in (record.tprev, record.tnext, record.jump))
+        return left, right, live, jump if jumps else None
+
+    steps = Steps(rows, count, length, False)
     walked = walk_steps(adjoint, kwargs, steps)
     keep = lambda s: (s.y, s.solver_state, s.save_state)
     final = eqx.tree_at(keep, final, keep(walked), is_leaf=lambda x: x is None)

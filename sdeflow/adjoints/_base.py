@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 from jaxtyping import PyTree
@@ -17,6 +17,9 @@ class AbstractWalkAdjoint(diffrax.AbstractAdjoint):
     Give it to `sdeflow.solve`, or to ``diffrax.diffeqsolve(..., adjoint=...)``, where it replaces diffrax's loop for
     steps that do not adapt; adaptive steps, events and dense output go on with diffrax's default adjoint.
     """
+
+    keeps_states: ClassVar[bool] = False
+    """Whether the reverse pass keeps a state a row, so that a walk may as well be cut into chunks."""
 
     @abc.abstractmethod
     def walk(

@@ -1,7 +1,7 @@
 """Exact gradients of the discretised solution, by reverse-mode differentiation of the walk itself."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
@@ -43,6 +43,8 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
         >>> round(float(jax.grad(final)(jnp.array(1.0))), 5)
         -0.36788
     """
+
+    keeps_states: ClassVar[bool] = True
 
     checkpoints: Checkpoints = eqx.field(default="step", static=True)
     higher_order: bool = eqx.field(default=False, static=True)
