@@ -7,7 +7,8 @@ rejected attempt is overwritten by the next. Backwards a while loop runs over th
     (dL/dy_i, dL/dtheta)  +=  vjp of one solver step at (t_i, y_i),
 
 so that rejected steps, even those that hit NaN, can touch neither value nor gradient, and the cost does not grow with
-``max_steps``. Step sizes count as constants, as in diffrax; gradients with respect to times need a fixed grid.
+``max_steps``. Step sizes count as constants, as in diffrax, except where a declared jump says when a step ends and the
+next begins; gradients with respect to other times need a fixed grid.
 
 Each step is that of a walk: the terms as the user gave them, in the direction that time has, the noise fed as a row.
 diffrax would mirror time instead, where its stochastic Runge-Kutta solvers have the wrong sign of the drift.
@@ -18,14 +19,16 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._compat import buffer_at_set, is_buffer, is_save_state, lax_while_loop, unwrap
-from ..paths._rows import RowNoise
+from ..paths._rows import RowNoise, still
 from ..walking import adopt_state, prepare_solver, restarts, straighten, with_noise_of_step
 from ._attach import attach
 from ._freeze import freeze
+from ._jump_times import Moved, moved_by_jumps
 from ._sweep import Record, Solve, sweep
 from ._within_diffrax import Steps, is_save, walk_steps
 
@@ -166,10 +169,15 @@ def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[
     final, record = run(freeze(state))
     count = final.num_accepted_steps
     last = jnp.maximum(jnp.minimum(count, length) - 1, 0)
+    moved = moved_by_jumps(kwargs["stepsize_controller"], kwargs["t0"], kwargs["t1"])
+    if moved is not None:
+        kwargs["terms"] = still(kwargs["terms"])
 
     def rows(i: Any) -> tuple[Any, Any, Any, Any]:
         live = (i < count) & (i < length)
         left, right, jump = (x[jnp.where(live, i, last)] for x in (record.tprev, record.tnext, record.jump))
+        if moved is not None:
+            left, right = jnp.vectorize(moved)(left), jnp.vectorize(moved)(right)
         return left, right, live, jump if jumps else None
 
     steps = Steps(rows, count, length, False)
@@ -193,13 +201,18 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
     solver, terms, args, controller = (kwargs[k] for k in ("solver", "terms", "args", "stepsize_controller"))
     subs, inner = subs_of(kwargs["saveat"]), prepare_solver(solver)
     walking, jumps, forgets = _Walking(inner), may_jump(controller), restarts(inner, state.solver_state)  # pyright: ignore
+    moved, interpolation = moved_by_jumps(controller, kwargs["t0"], kwargs["t1"]), solver.interpolation_cls
 
     def replay(y: Any, solver_state: Any, tprev: Any, tnext: Any, jump: Any) -> tuple[Any, Any, Any]:
+        terms = kwargs["terms"]
+        if moved is not None:
+            tprev, tnext, terms = moved(tprev), moved(tnext), still(terms)
         if forgets:
             # The state follows from the solution, and so does its derivative; a jump needs no mention either.
             solver_state = walking.init(terms, tprev, tnext, y, args)
         flag = jump if jumps and not forgets else False
         y1, _, dense, state1, _ = walking.step(terms, tprev, tnext, y, args, solver_state, flag)
+        dense = dense if moved is None else {"ends": (tprev, tnext), "info": dense}
         return y1, (None if forgets else state1), dense
 
     def save(t: Any, y: Any) -> tuple[Any, ...]:
@@ -232,7 +245,7 @@ def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) 
         saved=tuple(s.saveat_ts_index for s in saves),
         index=tuple(s.save_index for s in saves),
         subs=tuple((sub.t0, sub.t1, sub.steps) for sub in subs),
-        interpolation=solver.interpolation_cls,
+        interpolation=interpolation if moved is None else Moved(interpolation),
     )
     ys, rest = eqx.partition(_ys(final), eqx.is_inexact_array)
     found, treedef = jtu.tree_flatten(ys)

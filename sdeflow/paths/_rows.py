@@ -97,6 +97,38 @@ def both_ways(terms: Any) -> Any:
     return jtu.tree_map(one, terms, is_leaf=_is_brownian)
 
 
+class Still(diffrax.AbstractBrownianPath):
+    """A path without derivatives in the times that it is asked for."""
+
+    path: Any
+
+    @property
+    def levy_area(self) -> Any:
+        """That of the path."""
+        return self.path.levy_area
+
+    @property
+    def t0(self) -> Any:
+        """Where the path begins."""
+        return self.path.t0
+
+    @property
+    def t1(self) -> Any:
+        """Where the path ends."""
+        return self.path.t1
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True, use_levy: bool = False) -> Any:
+        """The increment of the path from ``t0`` to ``t1``."""
+        t0, t1 = (None if t is None else jax.lax.stop_gradient(t) for t in (t0, t1))
+        return quiet(self.path).evaluate(t0, t1, left=left, use_levy=use_levy)
+
+
+def still(terms: Any) -> Any:
+    """The terms, with Brownian paths that have no derivatives in time."""
+    one = lambda x: Still(x) if _is_brownian(x) else x  # pyright: ignore[reportCallIssue]
+    return jtu.tree_map(one, terms, is_leaf=_is_brownian)
+
+
 class RowNoise(eqx.Module):
     """All Brownian paths of some terms, in order, as a source of rows.
 

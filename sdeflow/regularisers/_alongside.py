@@ -7,8 +7,9 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
+from ..adjoints._freeze import freeze
 from ..solvers import DiagonalMilstein, Exact, ExponentialHeun
 from ..solvers._charging import beside
 from ._measures import drift_of
@@ -26,9 +27,18 @@ OF_THEIR_OWN = (
 
 
 def alongside(
-    regularisers: Sequence[AbstractStateRegulariser], terms: Any, y0: PyTree, args: Any, key: Any, solver: Any
+    regularisers: Sequence[AbstractStateRegulariser],
+    terms: Any,
+    y0: PyTree,
+    ts: Array,
+    args: Any,
+    key: Any,
+    solver: Any,
 ) -> tuple[Any, Any]:
     """The terms and the start with the integrals beside the state.
+
+    Arguments:
+        ts: the requested times, whose direction is that of the solve.
 
     Raises:
         ValueError: for solvers that need terms of a kind of their own.
@@ -43,8 +53,12 @@ def alongside(
     drift = drift_of(terms, args)
     drawn = [r.draw(None if key is None else jax.random.fold_in(key, i), y0) for i, r in enumerate(regularisers)]
 
+    # One sign for the whole solve: that of a step would be wrong in an adjoint which takes the steps backwards.
+    direction = jnp.sign(freeze(ts[-1] - ts[0])).astype(dtype)
+
     def rates(t: Any, y: PyTree) -> tuple[Any, ...]:
-        return tuple(jnp.asarray(r.rate(drift, t, y, d), dtype) for r, d in zip(regularisers, drawn))
+        found = (jnp.asarray(r.rate(drift, t, y, d), dtype) for r, d in zip(regularisers, drawn))
+        return tuple(x if r.signed else direction * x for r, x in zip(regularisers, found))
 
     nothing = tuple(jnp.zeros((), dtype) for _ in regularisers)
     return beside(terms, rates, nothing), (y0, nothing)

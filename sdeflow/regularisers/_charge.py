@@ -93,7 +93,7 @@ def charged(
     readers = [r for r in regularisers if isinstance(r, AbstractReader)]
     depth = 0
     if integrals:
-        terms, y0 = alongside(integrals, setting.terms, setting.y0, args, key, setting.solver)
+        terms, y0 = alongside(integrals, setting.terms, setting.y0, ts, args, key, setting.solver)
         setting, depth = setting._replace(terms=terms, y0=y0), 1
     seen, apart = _split(readers, setting.adjoint)
     if apart:

@@ -4,8 +4,9 @@
     Jacobian            int |eps^T df/dy|^2 dt  the same; E over eps is the squared Frobenius norm of df/dy
     Taylor              int |d^K y/dt^K|^2 dt   Kelly, Bettencourt, Johnson and Duvenaud, 2020, arXiv:2007.04504
 
-f is the drift; norms are sums of squares over the whole state. The solution and, with adaptive steps, the choice of
-steps are those without the integral: it takes no part in the error that the controller sees.
+f is the drift; norms are sums of squares over the whole state. For decreasing times dt is |dt|: a solve costs the same
+in either direction. The solution and, with adaptive steps, the choice of steps are those without the integral: it takes
+no part in the error that the controller sees.
 """
 
 from collections.abc import Callable
@@ -26,11 +27,13 @@ def _square(tree: PyTree) -> Array:
 
 
 class AbstractStateRegulariser(AbstractRegulariser):
-    """The integral of a rate along the solution.
+    """The integral of a rate along the solution, over the length of time whichever way it goes.
 
-    ``failure`` names the member of `sdeflow.RESULTS` that says that the integral is not finite where the solution is.
+    ``signed`` integrals are over dt itself, and change sign with the direction of time. ``failure`` names the member
+    of `sdeflow.RESULTS` that says that the integral is not finite where the solution is.
     """
 
+    signed: ClassVar[bool] = False
     failure: ClassVar[str | None] = None
 
     def draw(self, key: Any, y0: PyTree) -> Any:

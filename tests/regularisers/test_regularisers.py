@@ -208,7 +208,7 @@ def test_a_solution_does_not_notice_that_it_is_charged_for():
     ids=str,
 )
 def test_adaptive_steps_do_not_notice_either(adjoint):
-    control = dfx.PIDController(1e-5, 1e-7)
+    control = dfx.PIDController(1e-3, 1e-5)
     run = lambda r: sf.solve(sf.ODE(lambda t, y, a: jnp.sin(3 * t + y[::-1]) - y), jnp.array([0.4, -0.9]), [0.0, 1.0, 2.0],
                              solver=dfx.Tsit5(), stepsize_controller=control, regularisers=r, adjoint=adjoint,
                              key=KEY if r else None)  # fmt: skip
@@ -267,7 +267,7 @@ def test_global_ones_work_under_a_reversible_adjoint_with_adaptive_steps():
     field = sf.ODE(lambda t, y, a: -a[0] * y + jnp.sin(a[1] * t + y[::-1]))
     run = lambda a, adjoint: _penalty(reg.GlobalError(), field, jnp.array([0.4, -0.9]), [0.0, 0.5, 1.0], args=a,
                                       solver=sf.solvers.McCallumFoster(dfx.Bosh3()), adjoint=adjoint,
-                                      stepsize_controller=dfx.PIDController(1e-5, 1e-7))  # fmt: skip
+                                      stepsize_controller=dfx.PIDController(1e-3, 1e-5))  # fmt: skip
     ours, stored = (jax.jit(jax.value_and_grad(lambda a, adj=adj: run(a, adj)))(jnp.array([1.3, 0.8]))
                     for adj in (sf.adjoints.ReversibleAdjoint(), sf.adjoints.DiscreteAdjoint()))  # fmt: skip
     np.testing.assert_allclose(ours[0], stored[0], rtol=1e-8)
@@ -334,3 +334,74 @@ def test_what_cannot_be_charged_is_said_in_one_sentence(name):
     run, kind, match = BAD[name]
     with pytest.raises(kind, match=match):
         run()
+
+
+INTEGRALS = (reg.Kinetic(), reg.TaylorDerivative(2), reg.JacobianFrobenius())
+BOTH_WAYS = {
+    "discrete": (sf.adjoints.DiscreteAdjoint(), dfx.Tsit5()),
+    "higher-order": (sf.adjoints.DiscreteAdjoint(higher_order=True), dfx.Tsit5()),
+    "reversible": (sf.adjoints.ReversibleAdjoint(), sf.solvers.McCallumFoster(dfx.Heun())),
+    "interpolating": (sf.adjoints.InterpolatingAdjoint(), dfx.Tsit5()),
+    "continuous": (sf.adjoints.ContinuousAdjoint(), dfx.Tsit5()),
+    "recursive": (dfx.RecursiveCheckpointAdjoint(), dfx.Tsit5()),
+}
+
+
+_SLOW = pytest.mark.slow
+_QUICK = {("reversible", "fixed"), ("interpolating", "fixed")}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "integrals"),
+    [
+        pytest.param(name, steps, INTEGRALS[:1], marks=[] if (name, steps) in _QUICK else [_SLOW])
+        for name in BOTH_WAYS
+        for steps in ("fixed", "adaptive")
+    ]
+    + [pytest.param("discrete", "fixed", INTEGRALS[1:], marks=_SLOW), ("higher-order", "fixed", INTEGRALS[2:])],
+)
+def test_integrals_do_not_mind_the_direction_of_time(name, steps, integrals):
+    adjoint, solver = BOTH_WAYS[name]
+    if steps == "adaptive" and name == "reversible":
+        solver = dfx.ReversibleHeun()
+    if steps == "adaptive":
+        how = {"stepsize_controller": dfx.PIDController(1e-3, 1e-5), "dt0": 0.02}
+    else:
+        how = {"steps_per_interval": 10}
+
+    def field(t, y, a):
+        return -a[0] * y[::-1] + jnp.sin(a[1] * t) + 0.1 * y**2
+
+    # s = 1 - t turns the one into the other.
+    backwards = sf.ODE(field)
+    mirrored = sf.ODE(lambda s, y, a: -field(1 - s, y, a))
+    key = KEY if any(r.draws for r in integrals) else None
+    kl = lambda sign: reg.PathKL(lambda t, y, a: 0.1 * sign * y, lambda t, y, a: 0.5 + y**2)
+
+    def cost(args, equation, ts, sign):
+        one = how | ({"dt0": -0.02} if "dt0" in how and ts[0] > ts[1] else {})
+        sol = sf.solve(
+            equation, jnp.array([0.7, -0.4]), ts, args=args, key=key, solver=solver, adjoint=adjoint,
+            regularisers=(*integrals, kl(sign)), **one,
+        )  # fmt: skip
+        values = jnp.stack(list(sol.penalties.values()))
+        return values @ jnp.arange(1.0, 1 + values.shape[0]), values
+
+    run = jax.jit(jax.value_and_grad(cost, has_aux=True), static_argnums=(1, 2, 3))
+    args = jnp.array([0.8, 2.0])
+    (_, there), grad = run(args, backwards, (1.0, 0.0), 1)
+    (_, mirror), exact = run(args, mirrored, (0.0, 1.0), -1)
+    assert (there > 0.05).all()
+    np.testing.assert_allclose(there, mirror, rtol=1e-7)
+    np.testing.assert_allclose(grad, exact, rtol=1e-6, atol=1e-8)
+
+
+def test_an_integral_over_decreasing_times_has_its_derivatives_in_the_times():
+    # int_b^a e^(-2t) dt, whose derivatives are e^(-2a) and -e^(-2b).
+    def cost(ts):
+        return _penalty(reg.Kinetic(), sf.ODE(lambda t, y, args: -y), jnp.exp(-ts[0]), ts, steps_per_interval=40)
+
+    value, grad = jax.value_and_grad(cost)(jnp.array([1.0, 0.2]))
+    a, b = np.exp(-2.0), np.exp(-0.4)
+    np.testing.assert_allclose(value, (b - a) / 2, rtol=1e-6)
+    np.testing.assert_allclose(grad, [a, -b], rtol=1e-5)
