@@ -23,7 +23,7 @@ def _drift(t, y, jumps):
 def _exact(t):
     """The derivatives of y(t) in both jumps."""
     steps = -np.diff(LEVELS)
-    return np.where(TIMES < t, steps * np.exp(TIMES - t), 0)
+    return np.where(t > TIMES, steps * np.exp(TIMES - t), 0)
 
 
 def _controller(jumps, **kwargs):
