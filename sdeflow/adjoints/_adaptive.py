@@ -58,6 +58,28 @@ def can_record(kwargs: dict[str, Any]) -> bool:
     )
 
 
+def check_record(record: int | None) -> None:
+    """Refuse what is no length of a record.
+
+    Raises:
+        ValueError: for what is neither None nor a positive integer.
+    """
+    if record is not None and (not isinstance(record, int) or isinstance(record, bool) or record < 1):
+        raise ValueError(f"record must be a positive number of steps, got {record!r}.")
+
+
+def _record_length(record: int | None, kwargs: dict[str, Any]) -> int:
+    """The length of the record: as given, else four steps for every time that is stepped to, 256 at least."""
+    if record is not None:
+        return record
+    controller, times = kwargs["stepsize_controller"], 0
+    while isinstance(controller, diffrax.AbstractStepSizeController):
+        step_ts = getattr(controller, "step_ts", None)
+        times += 0 if step_ts is None else step_ts.size
+        controller = getattr(controller, "controller", None)
+    return min(kwargs["max_steps"], max(256, 4 * times))
+
+
 def may_jump(controller: Any) -> bool:
     """Whether a controller can say that the field jumped; only then must a step look at the flag."""
     if isinstance(controller, diffrax.PIDController):
@@ -156,12 +178,13 @@ def _run_recording(
 def _too_long(length: int) -> str:
     return (
         f"More than {length} steps were accepted, which is what the record for gradients holds: use "
-        "sdeflow.adjoints.DiscreteAdjoint(record=...) with a larger number."
+        "sdeflow.adjoints.DiscreteAdjoint(record=...) with a larger number, up to max_steps."
     )
 
 
-def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def replaying_loop(adjoint: Any, size: int | None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """The adaptive loop, its accepted steps then walked in chunks, so that derivatives of every order exist."""
+    length = _record_length(size, kwargs)
     state, jumps = kwargs["init_state"], may_jump(kwargs["stepsize_controller"])
     loop = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
     run = freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, loop), freeze(state)))
@@ -193,8 +216,9 @@ def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[
     return eqx.tree_at(_ys, final, ys), {"record_overflow": overflow}
 
 
-def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def adaptive_loop(adjoint: diffrax.AbstractAdjoint, size: int | None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """What ``adjoint.loop`` returns to ``diffeqsolve`` for adaptive steps, with the recorded reverse rule."""
+    length = _record_length(size, kwargs)
     state, throw = kwargs["init_state"], kwargs["throw"]
     kwargs = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
     solver, terms, args, controller = (kwargs[k] for k in ("solver", "terms", "args", "stepsize_controller"))
