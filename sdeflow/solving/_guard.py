@@ -25,10 +25,12 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
         controller: the controller to guard.
         dt0: the length of the first step; None if the controller chooses it. Given to ``diffeqsolve`` it would be
             checked at run time, by a call back to the host.
+        implicit: whether the solver is implicit, so that steps may also fail as their stages did not converge.
     """
 
     controller: diffrax.AbstractAdaptiveStepSizeController
     dt0: Any = None
+    implicit: bool = eqx.field(static=True, default=False)
 
     @property
     def rtol(self) -> Any:
@@ -53,7 +55,7 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
     def wrap(self, direction: Any) -> "GuardedController":
         """Wrap the controller for the direction of time."""
         dt0 = None if self.dt0 is None else jnp.abs(self.dt0)
-        return GuardedController(self.controller.wrap(direction), dt0)  # pyright: ignore[reportCallIssue]
+        return GuardedController(self.controller.wrap(direction), dt0, self.implicit)  # pyright: ignore[reportCallIssue]
 
     def init(
         self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
@@ -91,7 +93,7 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
         # Getting past the earliest time where a trial failed forgives all failures before it.
         past = keep & (t1 >= until)
         # An implicit step may well fail many times on the way into a sharp layer, down to the resolution of time.
-        counts = ~usable | (~good & (t1 - t0 <= shortest))
+        counts = ~usable | (~good & (t1 - t0 <= shortest)) if self.implicit else ~good
         failed = jnp.where(past, 0, failed) + jnp.where(counts, 1, 0)
         until = jnp.where(good, jnp.where(past, jnp.inf, until), jnp.minimum(until, t1))
         result = diffrax.RESULTS.where(usable, decided[5], diffrax.RESULTS.successful)
