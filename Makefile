@@ -7,9 +7,18 @@ VENV ?= .venv
 ARGS ?=
 
 PY := $(VENV)/bin/python
+# Neighbouring tests share what they compile: each worker gets half of the files, and takes from the other at the end.
+PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-warn-conflicts
 
-.PHONY: demo test test-all bench lint docs clean
+# The slice of the slow tests that `make test-slice` runs, of SLICES.
+SLICE ?= 1
+SLICES ?= 12
+# What shows within a minute whether the package works with another Python and the releases that come with it.
+THIN := tests/test_jax_canary.py tests/test_import.py tests/data/test_anndata.py tests/solving/test_closed_forms.py \
+  tests/solving/test_one_time.py tests/solving/test_rules.py
+
+.PHONY: demo test test-all test-slice test-thin bench lint docs clean
 # Two pips in one environment would trip over each other.
 .NOTPARALLEL:
 
@@ -17,10 +26,16 @@ demo: $(VENV)/.stamp-demo
 	@$(PY) -m sdeflow demo $(ARGS)
 
 test: $(VENV)/.stamp-test
-	@$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.stamp-test
-	@$(PY) -m pytest -n 2 $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-slice: $(VENV)/.stamp-test
+	@$(PYTEST) --slow-slice $(SLICE)/$(SLICES) $(ARGS)
+
+test-thin: $(VENV)/.stamp-thin
+	@$(PYTEST) -m "not slow" $(THIN) $(ARGS)
 
 bench: $(VENV)/.stamp-bench
 	@$(PY) -m benchmarks $(ARGS)
@@ -61,6 +76,11 @@ $(VENV)/.stamp-test: $(SETUP)
 	@echo "installing sdeflow and what the tests need"
 	@$(PIP) -e ".[test]"
 	@$(PIP) --no-deps "aeon>=1.6"
+	$(STAMP)
+
+$(VENV)/.stamp-thin: $(SETUP)
+	@echo "installing sdeflow and what a thin slice of the tests needs"
+	@$(PIP) -e ".[single-cell]" "pytest>=8" "pytest-xdist>=3.6"
 	$(STAMP)
 
 # torch without its dependencies is right where the index serves a CPU wheel; the wheel for CUDA does not import

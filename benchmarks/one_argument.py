@@ -5,6 +5,10 @@ The script trains the drift and diffusion networks with optax, through ``diffrax
 ``adjoint=sf.adjoints.DiscreteAdjoint()`` as the one change; and with the Brownian path exchanged for
 `sdeflow.paths.GridBrownian` as well. A tree is a path for every refinement of the steps and the grid's path
 for these steps only, so the third line gives up a feature.
+
+A second table solves ten steps, of 3 and of 10 000 numbers, with ``max_steps`` as by default and of a million,
+where the number of steps is known while tracing and where the end of the time is traced, forwards and with the
+gradient.
 """
 
 import functools
@@ -58,7 +62,59 @@ def tree(y0: jax.Array, key: jax.Array) -> diffrax.VirtualBrownianTree:
 def run(options: Options) -> list[Claim]:
     """Time the script before and after, with Euler and with Heun (Euler alone when quick)."""
     names = ["Euler"] if options.quick else list(SOLVERS)
-    return [measure(name, SOLVERS[name](), options) for name in names]
+    return [measure(name, SOLVERS[name](), options) for name in names] + ten_steps(options)
+
+
+def ten_steps(options: Options) -> list[Claim]:
+    """Ten steps of Tsit5, and of Heun on a Brownian tree, whatever ``max_steps`` is."""
+    claims = []
+    sizes = [10_000] if options.quick else [3, 10_000]
+    for noisy in (False, True):
+        for size in sizes:
+            pairs = [(fwd, bound, known) for fwd in (True, False) for bound in (4096, 10**6) for known in (True, False)]
+            rows = []
+            for forwards, bound, known in pairs:
+                what = "value" if forwards else "gradient"
+                name = f"{what}, max_steps={bound:.0e}, {'known' if known else 'traced'} end"
+                before, after = (
+                    harness.compiled(name, _ten_steps(noisy, forwards, bound, known, adjoint), _start(size))
+                    for adjoint in (diffrax.RecursiveCheckpointAdjoint(), sf.adjoints.DiscreteAdjoint())
+                )
+                rows.append(harness.row(before, after, options, 1.1))
+            what = "Heun on a VirtualBrownianTree" if noisy else "Tsit5"
+            setting = f"{size} numbers, float32, {what}, five saved times, ten steps taken"
+            claims.append(
+                Claim(
+                    "one argument",
+                    f"ten steps of {what}, {size} numbers",
+                    setting,
+                    "diffrax, its default adjoint",
+                    rows,
+                )
+            )
+    return claims
+
+
+def _start(size: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.linspace(0.5, 1.5, size), jnp.array(1.0)
+
+
+def _ten_steps(
+    noisy: bool, forwards: bool, max_steps: int, known: bool, adjoint: diffrax.AbstractAdjoint
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def final(y: jax.Array, end: jax.Array) -> jax.Array:
+        drift = diffrax.ODETerm(lambda t, y, args: -y)
+        shape = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        path = diffrax.VirtualBrownianTree(0.0, 1.0, tol=0.05, shape=shape, key=jax.random.key(0))
+        noise = diffrax.ControlTerm(lambda t, y, args: lineax.DiagonalLinearOperator(0.1 * y), path)
+        sol = diffrax.diffeqsolve(
+            diffrax.MultiTerm(drift, noise) if noisy else drift, diffrax.Heun() if noisy else diffrax.Tsit5(),
+            0.0, 1.0 if known else end, 0.1, y, saveat=diffrax.SaveAt(ts=jnp.linspace(0, 1, 5)), max_steps=max_steps,
+            adjoint=adjoint,
+        )  # fmt: skip
+        return sol.ys.sum()
+
+    return final if forwards else jax.grad(final)
 
 
 def measure(name: str, solver: diffrax.AbstractSolver, options: Options) -> Claim:

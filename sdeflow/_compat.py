@@ -6,6 +6,7 @@ Every item below is pinned by one test in ``tests/test_diffrax_contract.py``.
 
 import functools as ft
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -72,6 +73,74 @@ def is_concrete(*arrays: Any) -> bool:
 
 assert_term_compatible = _assert_term_compatible
 """What ``diffeqsolve`` compares terms with the solver by; it raises `TermAndSolverIncompatible`."""
+
+
+# How NumPy computes the primitives by which ``diffeqsolve`` counts its steps.
+_ON_HOST: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "neg": np.negative,
+    "abs": np.abs,
+    "min": np.minimum,
+    "max": np.maximum,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "not": np.logical_not,
+    "ceil": np.ceil,
+    "is_finite": np.isfinite,
+    "nextafter": np.nextafter,
+    "select_n": lambda which, *cases: cases[int(which)],
+    "convert_element_type": lambda x: x,
+    "copy": lambda x: x,
+    "stop_gradient": lambda x: x,
+}
+
+
+def known_value(x: Any) -> np.ndarray | None:
+    """The value of a scalar that a trace computes from constants alone, such as a number of steps; None if unknown.
+
+    ``jax.jit`` makes tracers of what is computed within it, whatever it is computed from. Each knows the equation that
+    made it, so that those which rest on no argument can be computed now, by NumPy.
+    """
+    if np.size(x) != 1:
+        return None
+    if not isinstance(x, Tracer):
+        return np.asarray(x)
+    constant = x.get_const() if hasattr(x, "get_const") else None
+    if constant is not None:
+        return known_value(constant)
+    made_by, name = getattr(x, "parent", None), getattr(x, "val", None)
+    if made_by is None or name is None or not hasattr(made_by, "in_tracers"):
+        return None
+    found = _on_host(
+        made_by.primitive, made_by.params, made_by.outvars, [known_value(one) for one in made_by.in_tracers]
+    )
+    return next((value for var, value in zip(made_by.outvars, found) if var is name), None)
+
+
+def _on_host(primitive: Any, params: dict[str, Any], outvars: Any, given: list[Any]) -> list[np.ndarray | None]:
+    """The outputs of one equation, as far as its inputs are known."""
+    inner = params.get("jaxpr", params.get("call_jaxpr"))
+    if inner is None:
+        compute = _ON_HOST.get(primitive.name)
+        if compute is None or len(outvars) != 1 or any(value is None for value in given):
+            return [None] * len(outvars)
+        return [np.asarray(compute(*given), outvars[0].aval.dtype)]
+    if not hasattr(inner, "consts"):
+        return [None] * len(outvars)
+    known = dict(zip((*inner.jaxpr.constvars, *inner.jaxpr.invars), (*map(known_value, inner.consts), *given)))
+    read = lambda atom: known_value(atom.val) if hasattr(atom, "val") else known.get(atom)
+    for eqn in inner.jaxpr.eqns:
+        known.update(zip(eqn.outvars, _on_host(eqn.primitive, eqn.params, eqn.outvars, [read(x) for x in eqn.invars])))
+    return [read(atom) for atom in inner.jaxpr.outvars]
 
 
 def under_vmap(x: Any) -> bool:

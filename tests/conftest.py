@@ -1,5 +1,6 @@
-"""What every test runs under: one compilation cache for all workers, and a way to ask for 64-bit numbers."""
+"""What every test runs under: one compilation cache for all workers, slices of the slow tests, and 64-bit numbers."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,34 @@ for _name, _value in _ENVIRONMENT.items():
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--slow-slice 3/12``: the third of twelve slices of the slow tests, and nothing else."""
+    parser.addoption("--slow-slice", metavar="K/N", help="run slice K of N of the slow tests alone, K from 1 to N")
+
+
+def _slice_of(item: pytest.Item, count: int) -> int:
+    """The slice of a test, by its file and its function, whose cases share what they compile."""
+    name = item.nodeid.split("[", 1)[0]
+    return int.from_bytes(hashlib.sha256(f"{_SALT}{name}".encode()).digest()[:8]) % count + 1
+
+
+# Chosen so that the slices take about equally long.
+_SALT = 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the slow tests of the slice that was asked for."""
+    asked = config.getoption("--slow-slice")
+    if asked is None:
+        return
+    chosen, _, count = asked.partition("/")
+    if not (chosen.isdecimal() and count.isdecimal() and 1 <= int(chosen) <= int(count)):
+        raise pytest.UsageError(f"--slow-slice takes K/N with 1 <= K <= N, e.g. 3/12; got {asked!r}.")
+    mine = [x.get_closest_marker("slow") is not None and _slice_of(x, int(count)) == int(chosen) for x in items]
+    config.hook.pytest_deselected(items=[x for x, keep in zip(items, mine, strict=True) if not keep])
+    items[:] = [x for x, keep in zip(items, mine, strict=True) if keep]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 
+import sdeflow as sf
 from sdeflow import _compat
 from sdeflow._results import RESULTS
 from sdeflow.paths._tree import quiet, quiet_tree
@@ -243,3 +244,23 @@ def test_the_type_of_a_value_says_over_which_axes_it_varies_and_can_be_changed(c
 
     spec = jax.sharding.PartitionSpec("i")
     jax.jit(jax.shard_map(seen, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma))(jnp.ones(2))
+
+
+def test_the_number_of_steps_of_known_times_is_known_while_tracing():
+    found = []
+
+    class Spy(sf.adjoints.DiscreteAdjoint):
+        def loop(self, **kwargs):
+            found.append(_compat.known_value(kwargs["init_state"].controller_state[1]))
+            return super().loop(**kwargs)
+
+    def run(t1, y0):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -y), diffrax.Tsit5(), 0.0, t1, 0.1, y0, adjoint=Spy()
+        ).ys
+
+    run(1.0, jnp.ones(2))
+    jax.jit(jax.grad(lambda y0: run(1.25, y0).sum()))(jnp.ones(2))
+    jax.jit(run)(1.0, jnp.ones(2))
+    jax.vmap(run, in_axes=(0, None))(jnp.array([1.0, 2.0]), jnp.ones(2))
+    assert found == [10, 13, None, None]

@@ -19,7 +19,6 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
@@ -30,7 +29,7 @@ from ._attach import attach
 from ._freeze import freeze
 from ._jump_times import Moved, moved_by_jumps
 from ._sweep import Record, Solve, sweep
-from ._within_diffrax import CHUNK, Steps, is_save, walk_steps
+from ._within_diffrax import Steps, is_save, walk_steps
 
 # What diffrax hands to an adjoint but its own loop does not take.
 _NOT_FOR_LOOP = ("init_state", "throw", "passed_solver_state", "passed_controller_state")
@@ -57,6 +56,28 @@ def can_record(kwargs: dict[str, Any]) -> bool:
     return adapts and not (
         interleaved or extras or passed or progress or kwargs["event"] is not None or kwargs["max_steps"] is None
     )
+
+
+def check_record(record: int | None) -> None:
+    """Refuse what is no length of a record.
+
+    Raises:
+        ValueError: for what is neither None nor a positive integer.
+    """
+    if record is not None and (not isinstance(record, int) or isinstance(record, bool) or record < 1):
+        raise ValueError(f"record must be a positive number of steps, got {record!r}.")
+
+
+def _record_length(record: int | None, kwargs: dict[str, Any]) -> int:
+    """The length of the record: as given, else four steps for every time that is stepped to, 256 at least."""
+    if record is not None:
+        return record
+    controller, times = kwargs["stepsize_controller"], 0
+    while isinstance(controller, diffrax.AbstractStepSizeController):
+        step_ts = getattr(controller, "step_ts", None)
+        times += 0 if step_ts is None else step_ts.size
+        controller = getattr(controller, "controller", None)
+    return min(kwargs["max_steps"], max(256, 4 * times))
 
 
 def may_jump(controller: Any) -> bool:
@@ -157,26 +178,31 @@ def _run_recording(
 def _too_long(length: int) -> str:
     return (
         f"More than {length} steps were accepted, which is what the record for gradients holds: use "
-        "sdeflow.adjoints.DiscreteAdjoint(record=...) with a larger number."
+        "sdeflow.adjoints.DiscreteAdjoint(record=...) with a larger number, up to max_steps."
     )
 
 
-def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def replaying_loop(adjoint: Any, size: int | None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """The adaptive loop, its accepted steps then walked in chunks, so that derivatives of every order exist."""
+    length = _record_length(size, kwargs)
     state, jumps = kwargs["init_state"], may_jump(kwargs["stepsize_controller"])
     loop = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
     run = freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, loop), freeze(state)))
     final, record = run(freeze(state))
     count = final.num_accepted_steps
-    row = jnp.arange(-(-length // CHUNK) * CHUNK)
-    live, last = row < count, jnp.maximum(jnp.minimum(count, length) - 1, 0)
-    source = jnp.where(live & (row < length), row, last)
-    left, right, jump = (x[source] for x in (record.tprev, record.tnext, record.jump))
+    last = jnp.maximum(jnp.minimum(count, length) - 1, 0)
     moved = moved_by_jumps(kwargs["stepsize_controller"], kwargs["t0"], kwargs["t1"])
     if moved is not None:
-        left, right = jax.vmap(moved)(left), jax.vmap(moved)(right)
         kwargs["terms"] = still(kwargs["terms"])
-    steps = Steps(left, right, live & (row < length), jump if jumps else None, count, length, False)
+
+    def rows(i: Any) -> tuple[Any, Any, Any, Any]:
+        live = (i < count) & (i < length)
+        left, right, jump = (x[jnp.where(live, i, last)] for x in (record.tprev, record.tnext, record.jump))
+        if moved is not None:
+            left, right = jnp.vectorize(moved)(left), jnp.vectorize(moved)(right)
+        return left, right, live, jump if jumps else None
+
+    steps = Steps(rows, count, length, False)
     walked = walk_steps(adjoint, kwargs, steps)
     keep = lambda s: (s.y, s.solver_state, s.save_state)
     final = eqx.tree_at(keep, final, keep(walked), is_leaf=lambda x: x is None)
@@ -190,8 +216,9 @@ def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[
     return eqx.tree_at(_ys, final, ys), {"record_overflow": overflow}
 
 
-def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def adaptive_loop(adjoint: diffrax.AbstractAdjoint, size: int | None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """What ``adjoint.loop`` returns to ``diffeqsolve`` for adaptive steps, with the recorded reverse rule."""
+    length = _record_length(size, kwargs)
     state, throw = kwargs["init_state"], kwargs["throw"]
     kwargs = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
     solver, terms, args, controller = (kwargs[k] for k in ("solver", "terms", "args", "stepsize_controller"))

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 from jaxtyping import PyTree
@@ -17,6 +17,9 @@ class AbstractWalkAdjoint(diffrax.AbstractAdjoint):
     Give it to `sdeflow.solve`, or to ``diffrax.diffeqsolve(..., adjoint=...)``, where it replaces diffrax's loop for
     steps that do not adapt; adaptive steps, events and dense output go on with diffrax's default adjoint.
     """
+
+    keeps_states: ClassVar[bool] = False
+    """Whether the reverse pass keeps a state a row, so that a walk may as well be cut into chunks."""
 
     @abc.abstractmethod
     def walk(
@@ -35,6 +38,13 @@ class AbstractWalkAdjoint(diffrax.AbstractAdjoint):
 
         Returns:
             The last carry, what was emitted, and what the adjoint has to say of the walk, for ``sol.stats``.
+        """
+
+    def check_solver(self, solver: diffrax.AbstractSolver) -> None:
+        """Refuse a solver whose steps this adjoint cannot differentiate, before anything is traced.
+
+        Raises:
+            ValueError: naming the solver and what can be used.
         """
 
     def loop(self, **kwargs: Any) -> Any:

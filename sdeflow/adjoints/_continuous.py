@@ -24,7 +24,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ..walking import Carry, Rows
-from ._adaptive import can_record, replaying_loop
+from ._adaptive import can_record, check_record, replaying_loop
 from ._backwards import Backwards, Problem, check_terms, walk_backwards
 from ._base import AbstractWalkAdjoint
 from ._fields import Adjoined, Field, noise_charge
@@ -53,7 +53,8 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
 
     Arguments:
         max_defect: above this defect gradients are NaN; by default none is.
-        record: for adaptive steps only: how many accepted steps the record holds.
+        record: for adaptive steps only: how many accepted steps the record holds; four for every time that is stepped
+            to by default, but at least 256 and at most ``max_steps``.
 
     Raises:
         ValueError: for a ``max_defect`` that is not positive or a ``record`` below 1; while tracing, for an implicit,
@@ -69,13 +70,12 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
     """
 
     max_defect: float = eqx.field(default=math.inf, static=True)
-    record: int = eqx.field(default=256, static=True)
+    record: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
         if not isinstance(self.max_defect, float | int) or not self.max_defect > 0:
             raise ValueError(f"max_defect must be a positive number, got {self.max_defect!r}.")
-        if not isinstance(self.record, int) or self.record < 1:
-            raise ValueError(f"record must be a positive number of steps, got {self.record!r}.")
+        check_record(self.record)
 
     def walk(
         self,
@@ -98,6 +98,10 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
             judge=lambda problem, found: ~(_relative_gap(found, problem.start, problem.final) <= self.max_defect),
         )  # fmt: skip
         return carry, emitted, {"defect": _defect(freeze(problem))}
+
+    def check_solver(self, solver: diffrax.AbstractSolver) -> None:
+        """Refuse a solver whose steps it cannot follow."""
+        check_solver(solver)
 
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""

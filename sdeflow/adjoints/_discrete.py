@@ -1,14 +1,14 @@
 """Exact gradients of the discretised solution, by reverse-mode differentiation of the walk itself."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
 from jaxtyping import PyTree
 
 from ..walking import Carry, Checkpoints, Rows, prepare_solver, walk
-from ._adaptive import adaptive_loop, can_record, replaying_loop
+from ._adaptive import adaptive_loop, can_record, check_record, replaying_loop
 from ._base import AbstractWalkAdjoint
 
 
@@ -30,7 +30,8 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
     Arguments:
         checkpoints: "step", "sqrt", None, or a number of segments.
         higher_order: for adaptive steps only; fixed grids always have derivatives of every order.
-        record: for adaptive steps only: how many accepted steps the record holds.
+        record: for adaptive steps only: how many accepted steps the record holds; four for every time that is stepped
+            to by default, but at least 256 and at most ``max_steps``.
 
     Raises:
         ValueError: for another ``checkpoints`` or a ``record`` below 1.
@@ -44,17 +45,18 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
         -0.36788
     """
 
+    keeps_states: ClassVar[bool] = True
+
     checkpoints: Checkpoints = eqx.field(default="step", static=True)
     higher_order: bool = eqx.field(default=False, static=True)
-    record: int = eqx.field(default=256, static=True)
+    record: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
         c = self.checkpoints
         good = c in (None, "step", "sqrt") or (isinstance(c, int) and not isinstance(c, bool) and c >= 1)
         if not good:
             raise ValueError(f'checkpoints must be "step", "sqrt", None or a positive number of segments, got {c!r}.')
-        if not isinstance(self.record, int) or isinstance(self.record, bool) or self.record < 1:
-            raise ValueError(f"record must be a positive number of steps, got {self.record!r}.")
+        check_record(self.record)
 
     def walk(
         self,

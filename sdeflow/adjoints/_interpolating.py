@@ -37,7 +37,7 @@ from jaxtyping import PyTree
 
 from .._results import is_okay, promote
 from ..walking import Carry, Rows, prepare_solver
-from ._adaptive import can_record, replaying_loop
+from ._adaptive import can_record, check_record, replaying_loop
 from ._backwards import Backwards, Problem, check_terms, walk_backwards
 from ._base import AbstractWalkAdjoint
 from ._fields import Field, noise_charge
@@ -78,7 +78,8 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
         quadrature: "stages" or "gauss", where gradients with respect to what the equation holds are summed up: at the
             solver's own stages, or at three nodes of Gauss and Legendre, which fail in stiff equations where dL/dy
             decays within a step.
-        record: for adaptive steps only: how many accepted steps the record holds.
+        record: for adaptive steps only: how many accepted steps the record holds; four for every time that is stepped
+            to by default, but at least 256 and at most ``max_steps``.
 
     Raises:
         ValueError: for another ``quadrature`` or a ``record`` below 1; while tracing, for a wrapped, multi-step or
@@ -94,13 +95,12 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
     """
 
     quadrature: Literal["stages", "gauss"] = eqx.field(default="stages", static=True)
-    record: int = eqx.field(default=256, static=True)
+    record: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
         if self.quadrature not in ("stages", "gauss"):
             raise ValueError(f'quadrature must be "stages" or "gauss", got {self.quadrature!r}.')
-        if not isinstance(self.record, int) or self.record < 1:
-            raise ValueError(f"record must be a positive number of steps, got {self.record!r}.")
+        check_record(self.record)
 
     def walk(
         self,
@@ -122,6 +122,10 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
             check=lambda fields: _Pair(*_followers(solver, fields, rows.left.dtype), self.quadrature),
         )  # fmt: skip
         return carry, emitted, {}
+
+    def check_solver(self, solver: diffrax.AbstractSolver) -> None:
+        """Refuse a solver whose steps it cannot follow."""
+        check_solver(solver)
 
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""

@@ -32,7 +32,7 @@ from ..paths._increments import backwards
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
 from ..walking import Carry, Rows, first_carry, prepare_solver, walk
-from ._adaptive import can_record, replaying_loop
+from ._adaptive import can_record, check_record, replaying_loop
 from ._attach import Flags, attach
 from ._base import AbstractWalkAdjoint
 from ._freeze import freeze
@@ -62,7 +62,8 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
 
     Arguments:
         max_defect: the largest defect for which gradients count as gradients.
-        record: for adaptive steps only: how many accepted steps the record holds.
+        record: for adaptive steps only: how many accepted steps the record holds; four for every time that is stepped
+            to by default, but at least 256 and at most ``max_steps``.
 
     Raises:
         ValueError: for another ``max_defect`` than a positive number or a ``record`` below 1; while tracing, for a
@@ -78,13 +79,12 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
     """
 
     max_defect: float = eqx.field(default=1e-2, static=True)
-    record: int = eqx.field(default=256, static=True)
+    record: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
         if not isinstance(self.max_defect, float | int) or not self.max_defect > 0:
             raise ValueError(f"max_defect must be a positive number, got {self.max_defect!r}.")
-        if not isinstance(self.record, int) or self.record < 1:
-            raise ValueError(f"record must be a positive number of steps, got {self.record!r}.")
+        check_record(self.record)
 
     def walk(
         self,
@@ -141,6 +141,10 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
         _, defect = measure.run(*zeros(values_def.unflatten(values)))
         y = (y, notes) if isinstance(solver, Charging) else y
         return Carry(y, state, start.result), eqx.combine(saved, rest), {"defect": defect}
+
+    def check_solver(self, solver: diffrax.AbstractSolver) -> None:
+        """Refuse a solver whose steps it cannot undo."""
+        check_reversible(solver, False)
 
     def loop(self, **kwargs: Any) -> Any:
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""

@@ -185,7 +185,8 @@ def delegate(
     if steps is None:
         # Requested times are stepped to, so that what is returned are states of the solver.
         first = None if dt0 is None else jnp.asarray(dt0, ts.dtype)
-        controller, dt0 = GuardedController(controller, first), None  # pyright: ignore
+        implicit = isinstance(getattr(solver, "solver", solver), diffrax.AbstractImplicitSolver)
+        controller, dt0 = GuardedController(controller, first, implicit), None  # pyright: ignore
         begin = beside_jumps(controller, begin, end)
         wanted = wanted.at[0].set(begin)
         if not ends_only:

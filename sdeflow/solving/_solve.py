@@ -37,6 +37,7 @@ from ._check_input import (
     check_noise_given,
     check_precision,
     check_real,
+    check_record_holds,
     check_still,
     check_ts,
     check_y0,
@@ -209,6 +210,7 @@ def solve(
             )
         check_adapts(solver, noisy)
         check_first_step(ts, dt0, dtype)
+        check_record_holds(ts, adjoint)
     elif still:
         check_still(grid)
     else:
@@ -237,6 +239,8 @@ def solve(
                 f"adjoint must be one such as sf.adjoints.DiscreteAdjoint() or one of diffrax's, got {adjoint!r}."
             )
         unsafe = any(isinstance(one, diffrax.UnsafeBrownianPath) for one in paths)
+        if not still and event is None and isinstance(adjoint, AbstractWalkAdjoint):
+            adjoint.check_solver(solver)
         if not still:
             check_adjoint(
                 adjoint, solver, ts, steps, stochastic=noisy, unsafe=unsafe, split=isinstance(equation, tuple),

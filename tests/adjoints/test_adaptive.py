@@ -515,3 +515,15 @@ def test_a_trial_step_that_overflows_shrinks_the_step_instead_of_stalling_it():
     assert int(rejected) <= 6
     np.testing.assert_allclose(value, 0.0705346, rtol=5e-5)
     assert int(stalled.stats["num_accepted_steps"]) == 0, "diffrax no longer stalls: the guard may go"
+
+
+def test_the_record_holds_what_the_requested_times_take():
+    ts = np.linspace(0.0, 10.0, 301)
+    states = lambda k, adjoint=None: (
+        sf.solve(sf.ODE(lambda t, y, k: -k * y), jnp.array(1.0), ts, args=k, adjoint=adjoint).ys
+    )
+    loss = lambda k: ((states(k) - jnp.exp(-0.3 * ts)) ** 2).mean()
+    exact = lambda k: ((jnp.exp(-k * ts) - jnp.exp(-0.3 * ts)) ** 2).mean()
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(0.5), jax.grad(exact)(0.5), rtol=1e-3)
+    with pytest.raises(ValueError, match="holds fewer steps than the 300 intervals of ts take"):
+        jax.jit(lambda k: states(k, sf.adjoints.DiscreteAdjoint(record=256)))(0.5)

@@ -1,4 +1,4 @@
-"""``written_out``: the bits of JAX's default generator, for every key that is one of its."""
+"""``written_out``: the bits of JAX's default generator, for every key that is one of its; what is drawn, to rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,14 @@ def _same(a, b):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def _drawn_alike(a, b):
+    # The bits are the same, and so are the uniform numbers. Their logarithms and roots are the compiler's, which may
+    # round them otherwise in another loop (jax 0.12 does): by some units in the last place.
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=4 * float(jnp.finfo(a.dtype).eps), atol=0)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("width", [8, 16, 32, 64])
@@ -30,11 +38,13 @@ def test_bits_are_those_of_jax(shape, width):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_normals_are_those_of_jax_compiled_too(dtype):
     draw = lambda key: jr.normal(key, (33, 4), dtype)
+    flat = lambda key: jr.uniform(key, (33, 4), dtype)
     for key in (jr.key(0), jr.PRNGKey(2**40 + 1)):
-        _same(draw(written_out(key)), draw(key))
-        _same(jax.jit(lambda key: draw(written_out(key)))(key), jax.jit(draw)(key))
+        _drawn_alike(draw(written_out(key)), draw(key))
+        _drawn_alike(jax.jit(lambda key: draw(written_out(key)))(key), jax.jit(draw)(key))
+        _same(jax.jit(lambda key: flat(written_out(key)))(key), jax.jit(flat)(key))
     keys = jr.split(jr.key(1), 3)
-    _same(jax.jit(jax.vmap(lambda key: draw(written_out(key))))(keys), jax.vmap(draw)(keys))
+    _drawn_alike(jax.jit(jax.vmap(lambda key: draw(written_out(key))))(keys), jax.vmap(draw)(keys))
 
 
 @pytest.mark.usefixtures("x64")

@@ -45,7 +45,7 @@ def _scaled(grid, structure, key, area):
     """As `_reference` for equal steps, of the tree over [0, 1], where their ends are exact, scaled as motion scales."""
     ends = np.arange(grid.num_rows + 1) / grid.num_rows
     rows = _asked(ends[:-1], ends[1:], structure, key, area)
-    return jax.tree.map(lambda x: x * np.sqrt(float(grid.right[-1] - grid.left[0])), rows)
+    return jax.tree.map(lambda x: x * x.dtype.type(np.sqrt(float(grid.right[-1] - grid.left[0]))), rows)
 
 
 FEW = {("8 steps", "WHK"), ("8 steps", "W"), ("uneven", "WHK"), ("decreasing", "WH")}
@@ -88,7 +88,9 @@ def test_float32_rows_are_those_of_the_tree_in_float32():
     grid, key, area = GRIDS["16 steps elsewhere"], jax.random.key(1), AREAS["WHK"]
     with jax.enable_x64(False):
         path = sf.paths.GridBrownian(grid, _structure(jnp.float32), key=key, levy_area=area, storage="tree")
-        reference = _reference(grid, _structure(jnp.float32), key, area)
+        # In float32 the ends of these steps are off by 6e-8 of the whole, over which motion moves by 5e-4: diffrax is
+        # asked where they are exact.
+        reference = _scaled(grid, _structure(jnp.float32), key, area)
     for field in "WHK":
         for leaf in ("a", "b"):
             ours = getattr(path.table, field)[leaf]

@@ -185,12 +185,19 @@ def test_a_step_over_areas_is_near_to_many_steps_over_its_parts(area):
 def test_adaptive_steps_and_trees():
     noise = Noise(0.7, 1.0, kind="II", max_rate=50.0)
     sde = FractionalSDE(decay, growing, noise)
-    tree = dfx.VirtualBrownianTree(0.0, 1.0, 1e-4, (2,), jax.random.key(1), dfx.SpaceTimeLevyArea)
-    controller = dfx.PIDController(rtol=1e-3, atol=1e-4)
-    adaptive = sf.solve(sde, jnp.ones(2), [0.0, 1.0], path=tree, stepsize_controller=controller, dt0=0.01)
-    fixed = sf.solve(sde, jnp.ones(2), [0.0, 1.0], path=tree, dt0=1 / 512, solver=Heun())
-    assert sf.is_okay(adaptive.result)
-    np.testing.assert_allclose(adaptive.ys[-1], fixed.ys[-1], rtol=5e-3)
+    controller = dfx.PIDController(rtol=3e-4, atol=3e-5)
+
+    @jax.vmap
+    def solved(key):
+        tree = dfx.VirtualBrownianTree(0.0, 1.0, 1e-4, (2,), key, dfx.SpaceTimeLevyArea)
+        adaptive = sf.solve(sde, jnp.ones(2), [0.0, 1.0], path=tree, stepsize_controller=controller, dt0=0.01)
+        fixed = sf.solve(sde, jnp.ones(2), [0.0, 1.0], path=tree, dt0=1 / 512, solver=Heun())
+        return sf.is_okay(adaptive.result), adaptive.ys[-1], fixed.ys[-1]
+
+    okay, adaptive, fixed = solved(jax.random.split(jax.random.key(1), 8))
+    assert okay.all()
+    # The root mean square over trees: one path's error hangs on which steps are accepted, and so on the last bit.
+    np.testing.assert_array_less(np.sqrt(np.mean((adaptive / fixed - 1) ** 2, axis=0)), 5e-3)
 
 
 # ---- Gradients, and diffrax itself. ----

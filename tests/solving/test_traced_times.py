@@ -90,7 +90,11 @@ def test_traced_times_that_fit_give_the_numbers_of_known_ones(how):
         if "close" in name:
             np.testing.assert_allclose(sol.ys[1], sol.ys[2], rtol=1e-2)
         elif how != "noise" or "padding" not in name:
-            np.testing.assert_allclose(sol.ys, _known(how, ts), rtol=1e-5, err_msg=name)
+            known = _known(how, ts)
+            # The steps between times are float32 where these are traced and rounded from float64 where they are known:
+            # a component that passes near 0 keeps the rounding of what it was.
+            rounding = 4 * np.finfo(np.float32).eps * np.abs(known).max()
+            np.testing.assert_allclose(sol.ys, known, rtol=1e-5, atol=rounding, err_msg=name)
 
 
 @pytest.mark.parametrize("how", GRIDDED)
