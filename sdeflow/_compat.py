@@ -67,8 +67,8 @@ def unwrap(terms: Any) -> tuple[Any, Any]:
 
 
 def is_concrete(*arrays: Any) -> bool:
-    """Whether every array has a value that can be read now, on the host."""
-    return not any(isinstance(x, Tracer) for x in arrays)
+    """Whether every array, or list of numbers, has a value that can be read now, on the host."""
+    return not any(isinstance(x, Tracer) for x in jtu.tree_leaves(arrays))
 
 
 assert_term_compatible = _assert_term_compatible

@@ -198,12 +198,15 @@ def subdivide(ts: Array, steps_per_interval: int) -> Grid:
         ([0.0, 0.5, 0.5, 0.5], [True, True, False, False])
     """
     k = check_count(steps_per_interval, "steps_per_interval")
-    if jnp.ndim(ts) != 1 or ts.shape[0] < 2:
-        raise ValueError(f"ts must be one-dimensional with at least two times, got shape {jnp.shape(ts)}.")
     ts = jnp.asarray(ts)
+    if ts.ndim != 1 or ts.shape[0] < 2:
+        raise ValueError(f"ts must be one-dimensional with at least two times, got shape {jnp.shape(ts)}.")
     gaps = ts[1:] - ts[:-1]
-    fraction = jnp.asarray(np.arange(k) / k, ts.dtype)
-    left = (ts[:-1, None] + gaps[:, None] * fraction[None]).reshape(-1)
+    fraction = jnp.asarray(np.arange(1, k) / k, ts.dtype)
+    # A requested time is its own row's start, and no sum with zero: a field that is steep there, as sqrt(t) is at 0,
+    # has an infinite derivative in it, and NaN would be that of the gap.
+    begin = ts[:-1, None]
+    left = jnp.concatenate([begin, begin + gaps[:, None] * fraction[None]], axis=1).reshape(-1)
     # The next row's left end is this row's right end to the last bit, and intervals end exactly on ts.
     right = jnp.concatenate([left[1:], ts[-1:]])
     live = jnp.repeat(gaps != 0, k)

@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._compat import is_concrete
+from ..adjoints._jump_times import declared_jumps
 from ..grids import Grid
 from ..paths import AbstractControl, GridBrownian
 from ..paths._grid_brownian import LEVY_AREAS
@@ -75,6 +76,58 @@ def check_path(
                 f"The VirtualBrownianTree's tol={tol:g} is more than half of the shortest step "
                 f"{shortest:g}, so its increments would have the wrong statistics: make tol smaller."
             )
+
+
+def looks_ahead(solver: Any) -> float:
+    """How far beyond the end of a step a solver evaluates the field, in steps; 0 for most.
+
+    Kvaerno4 and Kvaerno5 have a stage there, .15 and .23 of a step late.
+    """
+    inner = getattr(solver, "solver", None)
+    if isinstance(inner, diffrax.AbstractSolver):
+        return looks_ahead(inner)
+    places = getattr(getattr(solver, "tableau", None), "c", None)
+    return 0.0 if places is None else max(float(np.max(np.asarray(places))) - 1, 0.0)
+
+
+def check_sides(solver: Any, grid: Grid | None, controller: Any, tree: Any, ts: Any) -> None:
+    """Refuse a solver that looks beyond the end of a step where the field is another one there, or none.
+
+    Arguments:
+        grid: the fixed steps, None if they adapt.
+        controller: of adaptive steps; it may know of jumps.
+        tree: where controls may be, such as the arguments of the drift.
+
+    Raises:
+        ValueError: naming the solver and what can be used.
+    """
+    ahead = looks_ahead(solver)
+    if ahead < 1e-9:
+        return
+    name = type(solver).__name__
+    cure = "use a solver that does not, such as diffrax.Kvaerno3() or diffrax.Tsit5()"
+    jumps = bool(declared_jumps(controller)) if grid is None else grid.may_jump
+    if jumps:
+        raise ValueError(
+            f"{name} evaluates the field {ahead:.2g} of a step beyond its end, which is on the other side of a "
+            f"declared jump: {cure}."
+        )
+    if grid is None or not grid.is_concrete:
+        return
+    left, right = (np.asarray(x, np.float64)[np.asarray(grid.live)] for x in (grid.left, grid.right))
+    if right.size == 0:
+        return
+    furthest = float((right + ahead * (right - left))[-1])
+    is_control = lambda x: isinstance(x, AbstractControl)
+    for control in jtu.tree_leaves(tree, is_leaf=is_control):
+        if is_control(control) and control.extrapolate == "error" and is_concrete(control.times, ts):
+            low, high = float(control.t0), float(control.t1)
+            slack = 1e-6 * max(abs(low), abs(high))
+            if not low - slack <= furthest <= high + slack and low - slack <= right[-1] <= high + slack:
+                raise ValueError(
+                    f"{name} evaluates the field {ahead:.2g} of a step beyond its end, where the "
+                    f'{type(control).__name__} has no values: build it with extrapolate="flat", or {cure}.'
+                )
 
 
 def controls_cut_short(tree: Any, ts: Any) -> str:

@@ -42,7 +42,7 @@ from ._check_input import (
     check_ts,
     check_y0,
 )
-from ._check_path import check_path, controls_cut_short
+from ._check_path import check_path, check_sides, controls_cut_short
 from ._check_terms import check_terms
 from ._choose import (
     check_adapts,
@@ -222,6 +222,7 @@ def solve(
         if isinstance(solver, Exact):
             solver = resolve_pieces(solver, equation, steps.grid)
         choices.append(("grid", f"{steps.num_rows} rows, {steps.why}"))
+    check_sides(solver, None if steps is None else steps.grid, stepsize_controller, (equation, args), ts)
     if isinstance(path, FractionalBrownian):
         check_rough(equation)
     for one in paths:
