@@ -59,7 +59,7 @@ def loop_by_walking(adjoint: Any, **kwargs: Any) -> Any:
     bound = kwargs["max_steps"]
     if isinstance(controller, diffrax.StepTo):
         # diffrax has checked that these times span the solve, and hands the second one on through that check.
-        times = controller.ts.at[1].set(state.tnext)
+        times = controller.ts.astype(t0.dtype).at[1].set(state.tnext)
         count, static = times.shape[0] - 1, True
         bound = min(count, bound)
         return walk_steps(

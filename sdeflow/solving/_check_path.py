@@ -87,7 +87,7 @@ def looks_ahead(solver: Any) -> float:
     if isinstance(inner, diffrax.AbstractSolver):
         return looks_ahead(inner)
     places = getattr(getattr(solver, "tableau", None), "c", None)
-    return 0.0 if places is None else max(float(np.max(np.asarray(places))) - 1, 0.0)
+    return 0.0 if places is None else max(float(np.max(np.asarray(places), initial=0.0)) - 1, 0.0)
 
 
 def check_sides(solver: Any, grid: Grid | None, controller: Any, tree: Any, ts: Any) -> None:
