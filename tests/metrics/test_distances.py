@@ -183,7 +183,7 @@ def test_the_noise_over_directions_is_that_of_the_regression():
         at = lambda key: sliced_wasserstein(
             x, y, key=key, num_projections=20, control_variate=variate, regression=regression
         )
-        return np.stack([at(key) ** 2 for key in jr.split(jr.key(2), 150)])
+        return np.asarray(jax.jit(lambda keys: jax.lax.map(at, keys))(jr.split(jr.key(2), 150))) ** 2
 
     for variate, wanted in ((None, costs.std() / np.sqrt(20)), ("lower", residual(lower)), ("upper", residual(upper))):
         found = squared(variate)
