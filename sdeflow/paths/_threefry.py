@@ -2,8 +2,8 @@
 
 On a CPU JAX loops over the rounds of the hash, and each pass reads and writes all of the counters. Written out, the
 compiler makes one loop of counters, hash and what becomes of the bits: the same bits in a third of the time or less,
-and without arrays beside those that are asked for. Normal numbers made of them are those of JAX up to rounding, as the
-compiler may round one function otherwise in another loop. It costs a little more to compile.
+and without arrays beside those that are asked for. Normal numbers made of them are JAX's up to rounding, which the
+compiler may do otherwise in another loop. It costs a little more to compile.
 
 Source: Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, 2011 (Threefry-2x32-20).
 """

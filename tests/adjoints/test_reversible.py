@@ -109,7 +109,8 @@ def _alive(grads):
 # ---- The gradient of the stored scan. ----
 
 _CASES = [
-    *((s, "diagonal", ts) for s in ("ReversibleHeun", "Heun", "EulerHeun") for ts in (ENDS, EQUAL, UNEQUAL)),
+    *((s, "diagonal", ts) for s in ("ReversibleHeun", "Heun") for ts in (ENDS, EQUAL, UNEQUAL)),
+    ("EulerHeun", "diagonal", UNEQUAL),
     *((s, noise, UNEQUAL) for s in ("ReversibleHeun", "Heun") for noise in ("none", "additive", "operator", "tree")),
     *((s, "diagonal", BACK) for s in ("ReversibleHeun", "Heun")),
     *((s, "none", UNEQUAL) for s in ("Euler", "Tsit5")),

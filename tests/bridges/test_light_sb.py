@@ -204,7 +204,7 @@ rng = np.random.default_rng(0)
 x, y = rng.normal(size=(64, 3)), rng.normal(size=(128, 3)) + 0.5
 mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
 shared = [jax.device_put(z, NamedSharding(mesh, PartitionSpec("rows"))) for z in (x, y)]
-options = dict(epsilon=0.5, num_components=4, steps=200, key=jax.random.key(0), backward="fit")
+options = dict(epsilon=0.5, num_components=4, steps=60, key=jax.random.key(0), backward="fit")
 one, four = (sf.bridges.light_sb(*clouds, **options) for clouds in ((x, y), shared))
 for p, q in zip(jax.tree.leaves((one.potential.covariances(), one.potential.centres, one.history)),
                 jax.tree.leaves((four.potential.covariances(), four.potential.centres, four.history))):

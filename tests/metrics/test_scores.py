@@ -165,6 +165,7 @@ def test_coverage_counts_what_is_inside():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=2, max_size=16))
 def test_the_auroc_counts_pairs_and_ties_by_half(rows):
+    rows = [*rows, *[(0, False, 0)] * (16 - len(rows))]  # rows without weight: all have the shape of one program
     scores, labels, weight = (np.array(x, float) for x in zip(*rows))
     pairs = [(i, j) for i, j in itertools.product(range(len(rows)), repeat=2) if labels[i] > labels[j]]
     total = sum(weight[i] * weight[j] for i, j in pairs)

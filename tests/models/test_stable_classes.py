@@ -200,7 +200,7 @@ def test_events_and_saved_functions_of_the_geometric_class_see_its_state():
 
 
 @pytest.mark.parametrize("kind", STABLE[1:])
-@pytest.mark.parametrize("h", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("h", [pytest.param(0.01, marks=pytest.mark.slow), 0.1, 1.0])
 def test_no_class_explodes_at_random_initial_weights(kind, h):
     args = control(scale=100.0, ts=100 * h * TS)
     models = eqx.filter_vmap(lambda key: kind(64, control_size=2, key=key))(jr.split(jr.key(4), 10))

@@ -107,7 +107,7 @@ def test_at_a_time_that_was_observed_no_row_is_added():
 
 def test_fewer_channels_can_be_predicted_than_there_are():
     model, data = model_of("impute", num_outputs=1, noise=0.3), waves()
-    prediction = model(data.batch(np.arange(8)), key=KEY)
+    prediction = eqx.filter_jit(lambda batch: model(batch, key=KEY))(data.batch(np.arange(8)))
     assert not np.asarray(prediction.scored)[..., 1].any()
     assert prediction.scale.shape == (2,)
     assert model.impute(data, [9.99], 2, key=KEY).shape == (8, 2, 1, 1)
@@ -120,11 +120,12 @@ def test_several_samples_in_training_have_an_axis_of_their_own():
     assert float(jnp.abs(prediction.outputs[:, 0] - prediction.outputs[:, 1]).max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dynamics",
     [
         lambda: ODERNN(4, control_size=2, width=8, key=jr.key(0)),
-        pytest.param(lambda: NeuralGeometricSDE(4, control_size=2, width=8, key=jr.key(0)), marks=pytest.mark.slow),
+        lambda: NeuralGeometricSDE(4, control_size=2, width=8, key=jr.key(0)),
     ],
 )
 def test_every_kind_of_dynamics_learns_to_impute(dynamics):

@@ -1,5 +1,7 @@
 """What all controls share: padding bitwise, batches, gradients, refusals; and straight lines against NumPy's."""
 
+import functools
+
 import diffrax
 import equinox as eqx
 import jax
@@ -150,6 +152,15 @@ def test_single_observation(make):
 PADDINGS = [(1, np.nan), (7, np.nan), (7, 3.0), (7, 0.0), (300, np.nan)]
 
 
+@functools.cache
+def _slopes(make, name):
+    def loss(times, values, queries):
+        x = jax.vmap(getattr(make(times, values), name))(queries)
+        return jnp.sin(x).sum(), x
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
 @pytest.mark.parametrize(
     ("make", "name", "count", "filler"),
     [
@@ -162,12 +173,7 @@ PADDINGS = [(1, np.nan), (7, np.nan), (7, 3.0), (7, 0.0), (300, np.nan)]
 def test_padding_is_invisible_bitwise(make, name, count, filler):
     values = some_values(1)
     queries = np.concatenate([np.linspace(0, 1.7, 9, dtype=np.float32), TIMES])
-
-    def loss(times, values, queries):
-        x = jax.vmap(getattr(make(times, values), name))(queries)
-        return jnp.sin(x).sum(), x
-
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    run = _slopes(make, name)
     (value, outputs), (by_times, by_values, by_queries) = run(TIMES, values, queries)
     (padded, padded_outputs), gradients = run(*pad(TIMES, values, count, filler), queries)
     for a, b in zip((value, outputs, by_queries), (padded, padded_outputs, gradients[2])):

@@ -137,7 +137,7 @@ def test_a_padded_tail_changes_no_bit(name, dtype):
     run = jax.jit(lambda given: (kalman(**given, moments=True), kalman_smoother(**given)))
     gradient = jax.jit(jax.grad(lambda m, P, given: kalman(**given | dict(mean=m, covariance=P)), argnums=(0, 1)))
     wanted = run(given), gradient(given["mean"], given["covariance"], given)
-    for count in (1, 100):
+    for count in (1, 100) if name == "random" else (100,):
         longer = padded(given, count)
         found = run(longer), gradient(longer["mean"], longer["covariance"], longer)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -179,7 +179,7 @@ def test_the_gradients_of_noise_free_and_smoothed_moments_are_finite(name):
         log_prob, (mean, covariance) = kalman_smoother(**given, mask=mask)
         return log_prob + jnp.sin(mean).sum() + jnp.cos(covariance).sum()
 
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.grad(value)(given)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.jit(jax.grad(value))(given)))
 
 
 def test_a_batch_is_its_members():

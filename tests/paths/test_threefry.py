@@ -35,7 +35,7 @@ def test_bits_are_those_of_jax(shape, width):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "float32", "float64"])
 def test_normals_are_those_of_jax_compiled_too(dtype):
     draw = lambda key: jr.normal(key, (33, 4), dtype)
     flat = lambda key: jr.uniform(key, (33, 4), dtype)

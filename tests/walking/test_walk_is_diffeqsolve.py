@@ -7,6 +7,9 @@ from helpers.battery import CASES, DEFAULT, DT0, SLOW, TS, largest_difference, s
 import sdeflow as sf
 
 EVERY = DEFAULT + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
+# Those left to the slow run are of the family of another one.
+AKIN = ("EulerHeun", "Midpoint", "SRA1", *SLOW)
+FAMILIES = [pytest.param(name, marks=[pytest.mark.slow] * (name in AKIN)) for name in CASES]
 # The policies that recompute segments are tried by default on one solver of each family.
 SOME = {("Heun", "sqrt"), ("ShARK", "3"), ("Euler", "None")}
 POLICIES = [
@@ -25,7 +28,7 @@ def test_solve_equals_diffeqsolve_in_value_and_gradient(name):
     assert largest_difference(solved(name, "solve-step"), solved(name, "diffrax-forward")) < 1e-12
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_our_adjoint_inside_diffeqsolve_equals_diffrax_in_value_and_gradient(name):
     assert largest_difference(solved(name, "inside-step"), solved(name, "diffrax-forward")) < 1e-12
 
