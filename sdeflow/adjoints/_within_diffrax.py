@@ -157,7 +157,7 @@ def _walk(
         carry = first_carry(prepared, terms, args, y0, bare, fallible=True)
         if solver_state is not None:
             resumed = adopt_state(prepared, solver_state, terms, left[0], right[0], y0, args, fresh=False)
-            carry = Carry(carry.y, resumed, carry.result)
+            carry = Carry(carry.y, resumed, carry.result, carry.taken)
     if steps.static:
         rows = make_rows(terms, left, right, steps.live, steps.jump, own_grid=False, within=within)
         return adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit, start=carry)[:2]

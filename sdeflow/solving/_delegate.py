@@ -273,12 +273,17 @@ class _SavingAt(diffrax.AbstractAdjoint):
         def allocated(sub: diffrax.SubSaveAt) -> SaveState:
             n = sub.t1 + (0 if sub.ts is None else sub.ts.shape[0])
             shape = eqx.filter_eval_shape(sub.fn, kwargs["t0"], state.y, kwargs["args"])
-            ys = jtu.tree_map(lambda x: jnp.full((n, *x.shape), jnp.inf, x.dtype), shape)
+            ys = jtu.tree_map(lambda x: jnp.full((n, *x.shape), _unset(x.dtype), x.dtype), shape)
             return SaveState(ts=jnp.full(n, jnp.inf, dtype), ys=ys, save_index=0, saveat_ts_index=0)
 
         subs = tuple(turned(sub) for sub in self.saveat.subs)
         state = eqx.tree_at(lambda s: s.save_state, state, tuple(allocated(sub) for sub in subs))
         return self.adjoint.loop(**{**kwargs, "saveat": diffrax.SaveAt(subs=subs), "init_state": state})
+
+
+def _unset(dtype: Any) -> Any:
+    """What stands where nothing was saved."""
+    return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max if dtype != bool else False
 
 
 def _run_saving(run: Any, adjoint: AbstractWalkAdjoint, saveat: diffrax.SaveAt) -> diffrax.Solution:

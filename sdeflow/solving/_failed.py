@@ -1,0 +1,84 @@
+"""What is returned of a solve that failed: its last accepted state, and NaN for all that was not reached.
+
+A number for what was never computed would pass for a solution inside of a trace, where nothing is raised. So would its
+derivative: those of a failed solve are NaN too.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree
+
+from .._results import RESULTS, is_okay
+from ..adjoints._freeze import freeze
+
+
+def last_finite(ts: Array, y0: PyTree, ys: PyTree | None, final: PyTree, reached: Any) -> tuple[PyTree, Array]:
+    """The last state known to be finite and its time: the final one, or the last before the states became infinite.
+
+    Arguments:
+        ys: the states at the requested times; None if they were not kept.
+        reached: the time of ``final``.
+    """
+    good = _finite(final, 0)
+    if ys is None:
+        before, when = y0, ts[0]
+    else:
+        steady = jnp.cumprod(_finite(ys, 1).astype(jnp.int32))
+        row = jnp.maximum(steady.sum() - 1, 0)
+        before, when = jtu.tree_map(lambda x: x[row], ys), ts[row]
+    return jtu.tree_map(lambda a, b: jnp.where(good, a, b), final, before), jnp.where(good, reached, when)
+
+
+def void_failed(
+    result: Any, ts: Array, reached: Array, ys: PyTree, final: PyTree, last: PyTree, penalties: PyTree
+) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+    """States, final and last state, and penalties of a solve, without the numbers and derivatives of one that failed."""
+    # Both say what is wrong with something else than the states.
+    apart = (result == RESULTS.record_overflow) | (result == RESULTS.degenerate_diffusion)
+    okay = is_okay(result) | apart
+    sign, gap = jnp.sign(ts[-1] - ts[0]), jnp.abs(ts[1:] - ts[:-1])
+    # The ends of steps are those of intervals up to rounding.
+    slack = 1e-3 * jnp.where(gap > 0, gap, jnp.inf).min(initial=jnp.inf)
+    seen = okay | ((ts - reached) * sign <= jnp.where(jnp.isfinite(slack), slack, 0))
+    seen, okay = freeze((seen, okay))
+
+    def rows(x: Array) -> Array:
+        return _void(x, seen.reshape(-1, *(1,) * (x.ndim - 1)), okay)
+
+    whole = lambda x: _void(x, okay, okay)
+    keep = lambda x: _void(x, jnp.array(True), okay)
+    return jtu.tree_map(rows, ys), jtu.tree_map(whole, final), jtu.tree_map(keep, last), jtu.tree_map(whole, penalties)
+
+
+def _void(x: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.where(seen, _with_derivatives(x, okay), jnp.nan)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.where(seen, x, jnp.iinfo(x.dtype).max)
+    return x
+
+
+@jax.custom_jvp
+def _with_derivatives(x: Array, okay: Bool[Array, ""]) -> Array:
+    """``x``, whose derivatives are NaN unless all is okay."""
+    return x
+
+
+@_with_derivatives.defjvp
+def _tangent(primals: Any, tangents: Any) -> Any:
+    x, okay = primals
+    return _with_derivatives(x, okay), tangents[0] * jnp.where(okay, 1, jnp.nan).astype(x.dtype)
+
+
+def _finite(tree: PyTree, axes: int) -> Bool[Array, "..."]:
+    """Whether all numbers are finite, for each index of the first axes."""
+    flags = [
+        jnp.isfinite(x).all(axis=tuple(range(axes, x.ndim)))
+        for x in map(jnp.asarray, jtu.tree_leaves(tree))
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return jnp.stack(flags).all(axis=0) if flags else jnp.array(True)
