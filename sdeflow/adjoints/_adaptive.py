@@ -32,6 +32,9 @@ from ._within_diffrax import CHUNK, Steps, is_save, walk_steps
 # What diffrax hands to an adjoint but its own loop does not take.
 _NOT_FOR_LOOP = ("init_state", "throw", "passed_solver_state", "passed_controller_state")
 
+# Accepted steps that a record holds, unless its length is given, and what each time to step to adds to them.
+RECORD, STEPS_PER_TIME = 256, 4
+
 _FIRST_ONLY = (
     "Adaptive steps have first derivatives in reverse mode, by jax.grad: for second derivatives or forward mode pass "
     "adjoint=sdeflow.adjoints.DiscreteAdjoint(higher_order=True), or fix the steps."
@@ -54,6 +57,28 @@ def can_record(kwargs: dict[str, Any]) -> bool:
     return adapts and not (
         interleaved or extras or passed or progress or kwargs["event"] is not None or kwargs["max_steps"] is None
     )
+
+
+def length_of_record(record: int | None, controller: Any, max_steps: int) -> int:
+    """How many accepted steps to hold, if it is not given: some more for every time that the controller steps to."""
+    if record is not None:
+        return record
+    times, inner = 0, controller
+    while inner is not None:
+        step_ts, inner = getattr(inner, "step_ts", None), getattr(inner, "controller", None)
+        times += 0 if step_ts is None else step_ts.shape[0]
+    return min(max_steps, RECORD + STEPS_PER_TIME * times)
+
+
+def check_record(record: Any) -> None:
+    """Refuse what is no length of a record.
+
+    Raises:
+        ValueError: for all but positive integers and None.
+    """
+    if record is None or (isinstance(record, int) and not isinstance(record, bool) and record >= 1):
+        return
+    raise ValueError(f"record must be a positive number of steps, got {record!r}.")
 
 
 def may_jump(controller: Any) -> bool:

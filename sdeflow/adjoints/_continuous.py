@@ -24,7 +24,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ..walking import Carry, Rows
-from ._adaptive import can_record, replaying_loop
+from ._adaptive import can_record, check_record, length_of_record, replaying_loop
 from ._backwards import Backwards, Problem, check_terms, walk_backwards
 from ._base import AbstractWalkAdjoint
 from ._fields import Adjoined, Field, noise_charge
@@ -53,7 +53,8 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
 
     Arguments:
         max_defect: above this defect gradients are NaN; by default none is.
-        record: for adaptive steps only: how many accepted steps the record holds.
+        record: for adaptive steps only: how many accepted steps the record holds. Default: 256, and 4 more for every
+            requested time of `sdeflow.solve`, at most ``max_steps``.
 
     Raises:
         ValueError: for a ``max_defect`` that is not positive or a ``record`` below 1; while tracing, for an implicit,
@@ -69,13 +70,12 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
     """
 
     max_defect: float = eqx.field(default=math.inf, static=True)
-    record: int = eqx.field(default=256, static=True)
+    record: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
         if not isinstance(self.max_defect, float | int) or not self.max_defect > 0:
             raise ValueError(f"max_defect must be a positive number, got {self.max_defect!r}.")
-        if not isinstance(self.record, int) or self.record < 1:
-            raise ValueError(f"record must be a positive number of steps, got {self.record!r}.")
+        check_record(self.record)
 
     def walk(
         self,
@@ -103,7 +103,7 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""
         if can_record(kwargs):
             check_solver(kwargs["solver"])
-            return replaying_loop(self, self.record, **kwargs)
+            return replaying_loop(self, length_of_record(self.record, kwargs["stepsize_controller"], kwargs["max_steps"]), **kwargs)
         return super().loop(**kwargs)
 
 

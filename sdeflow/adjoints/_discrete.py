@@ -8,7 +8,7 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from ..walking import Carry, Checkpoints, Rows, prepare_solver, walk
-from ._adaptive import adaptive_loop, can_record, replaying_loop
+from ._adaptive import adaptive_loop, can_record, check_record, length_of_record, replaying_loop
 from ._base import AbstractWalkAdjoint
 
 
@@ -30,7 +30,8 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
     Arguments:
         checkpoints: "step", "sqrt", None, or a number of segments.
         higher_order: for adaptive steps only; fixed grids always have derivatives of every order.
-        record: for adaptive steps only: how many accepted steps the record holds.
+        record: for adaptive steps only: how many accepted steps the record holds. Default: 256, and 4 more for every
+            requested time of `sdeflow.solve`, at most ``max_steps``.
 
     Raises:
         ValueError: for another ``checkpoints`` or a ``record`` below 1.
@@ -46,15 +47,14 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
 
     checkpoints: Checkpoints = eqx.field(default="step", static=True)
     higher_order: bool = eqx.field(default=False, static=True)
-    record: int = eqx.field(default=256, static=True)
+    record: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
         c = self.checkpoints
         good = c in (None, "step", "sqrt") or (isinstance(c, int) and not isinstance(c, bool) and c >= 1)
         if not good:
             raise ValueError(f'checkpoints must be "step", "sqrt", None or a positive number of segments, got {c!r}.')
-        if not isinstance(self.record, int) or isinstance(self.record, bool) or self.record < 1:
-            raise ValueError(f"record must be a positive number of steps, got {self.record!r}.")
+        check_record(self.record)
 
     def walk(
         self,
@@ -77,5 +77,5 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
         """The loop of ``diffrax.diffeqsolve``: by walking, or for adaptive steps by the recorded reverse rule."""
         if can_record(kwargs):
             rule = replaying_loop if self.higher_order else adaptive_loop
-            return rule(self, self.record, **kwargs)
+            return rule(self, length_of_record(self.record, kwargs["stepsize_controller"], kwargs["max_steps"]), **kwargs)
         return super().loop(**kwargs)

@@ -32,7 +32,7 @@ from ..paths._increments import backwards
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
 from ..walking import Carry, Rows, first_carry, prepare_solver, walk
-from ._adaptive import can_record, replaying_loop
+from ._adaptive import can_record, check_record, length_of_record, replaying_loop
 from ._attach import Flags, attach
 from ._base import AbstractWalkAdjoint
 from ._freeze import freeze
@@ -62,7 +62,8 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
 
     Arguments:
         max_defect: the largest defect for which gradients count as gradients.
-        record: for adaptive steps only: how many accepted steps the record holds.
+        record: for adaptive steps only: how many accepted steps the record holds. Default: 256, and 4 more for every
+            requested time of `sdeflow.solve`, at most ``max_steps``.
 
     Raises:
         ValueError: for another ``max_defect`` than a positive number or a ``record`` below 1; while tracing, for a
@@ -78,13 +79,12 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
     """
 
     max_defect: float = eqx.field(default=1e-2, static=True)
-    record: int = eqx.field(default=256, static=True)
+    record: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
         if not isinstance(self.max_defect, float | int) or not self.max_defect > 0:
             raise ValueError(f"max_defect must be a positive number, got {self.max_defect!r}.")
-        if not isinstance(self.record, int) or self.record < 1:
-            raise ValueError(f"record must be a positive number of steps, got {self.record!r}.")
+        check_record(self.record)
 
     def walk(
         self,
@@ -146,7 +146,7 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""
         if can_record(kwargs):
             check_reversible(kwargs["solver"], False)
-            return replaying_loop(self, self.record, **kwargs)
+            return replaying_loop(self, length_of_record(self.record, kwargs["stepsize_controller"], kwargs["max_steps"]), **kwargs)
         return super().loop(**kwargs)
 
 

@@ -56,22 +56,30 @@ def void_failed(
 def _void(x: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.where(seen, _with_derivatives(x, okay), jnp.nan)
+        return _blanked(x, seen, okay)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jnp.where(seen, x, jnp.iinfo(x.dtype).max)
     return x
 
 
 @jax.custom_jvp
-def _with_derivatives(x: Array, okay: Bool[Array, ""]) -> Array:
-    """``x``, whose derivatives are NaN unless all is okay."""
-    return x
+def _blanked(x: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:
+    """``x`` where it was seen, and NaN elsewhere; its derivatives are NaN everywhere unless all is okay."""
+    return jnp.where(seen, x, jnp.asarray(jnp.nan, x.dtype))
 
 
-@_with_derivatives.defjvp
+@_blanked.defjvp
 def _tangent(primals: Any, tangents: Any) -> Any:
-    x, okay = primals
-    return _with_derivatives(x, okay), tangents[0] * jnp.where(okay, 1, jnp.nan).astype(x.dtype)
+    """NaN for a tangent or cotangent that is not zero: a loss that leaves a failed path out has its gradient.
+
+    Past the largest number all but zero is infinite, and infinity less infinity NaN: in the first difference for a
+    cotangent, in the second for a tangent.
+    """
+    x, seen, okay = primals
+    t = tangents[0]
+    past = jnp.where(okay, 1, jnp.finfo(x.dtype).max).astype(x.dtype)
+    beyond = lambda a: a * past * past * past
+    return _blanked(x, seen, okay), t + beyond(t - t) + (beyond(t) - beyond(t))
 
 
 def _finite(tree: PyTree, axes: int) -> Bool[Array, "..."]:

@@ -33,6 +33,7 @@ from ..solvers import Exact
 from ..walking import asks_within, make_rows
 from ._check_input import (
     check_counts,
+    check_enough_steps,
     check_first_step,
     check_noise_given,
     check_precision,
@@ -244,6 +245,8 @@ def solve(
                 event=event, save_fn=save_fn,
             )  # fmt: skip
         choices.append(("adjoint", f"{_short(adjoint)}, as given"))
+    if adaptive:
+        check_enough_steps(ts, max_steps, getattr(adjoint, "record", None))
     walked = isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None
     if not still:
         check_precision(y0, solver, delegated=not walked)

@@ -121,3 +121,48 @@ def test_integrals_beside_a_failed_solve_are_nan_and_a_walk_says_when_it_ended()
     good = sf.solve(sf.ODE(lambda t, y, args: -y), jnp.array(1.0), [2.0, 0.0], dt0=-0.1)
     assert float(good.stats["time_reached"]) == 0.0
     np.testing.assert_allclose(good.last, good.final, rtol=0)
+
+
+def test_a_loss_that_leaves_failed_paths_out_has_its_gradient():
+    field = sf.ODE(lambda t, y, k: jnp.where((t > 0.8) & (k > 1.5), jnp.nan, -k * y))
+
+    def loss(ks):
+        sol = jax.vmap(lambda k: _run(WAYS["adaptive"], k, field))(ks)
+        return jnp.where(sf.is_okay(sol.result), sol.final, 0.0).sum()
+
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.array([1.0, 2.0])), [-2 * np.exp(-2), 0.0], rtol=5e-3)
+
+
+def test_second_derivatives_and_forward_mode_know_of_a_failure_too():
+    final = lambda k: _run(WAYS["fixed, implicit"], k).final
+    assert np.isnan(jax.jit(jax.grad(jax.grad(final)))(1.0))
+    assert np.isnan(jax.jit(lambda k: jax.jvp(final, (k,), (1.0,))[1])(1.0))
+
+
+@pytest.mark.parametrize("options", [{"dt0": 0.1}, {"stepsize_controller": PID}], ids=["fixed", "adaptive"])
+def test_gradients_of_implicit_steps_never_call_the_host_and_keep_a_cotangent_of_nan(options):
+    field = sf.ODE(lambda t, y, k: -k * y**3)
+    final = lambda k, scale: scale * _run({"solver": dfx.Kvaerno3(), **options}, k, field).final
+    gradient = jax.jit(jax.grad(final))
+    assert "callback" not in gradient.lower(1.0, 1.0).as_text()
+    assert np.isnan(gradient(1.0, jnp.nan))
+    # y = (1 + 2 k t)^(-1/2), at t = 2.
+    np.testing.assert_allclose(gradient(1.0, 1.0), -2 * 5**-1.5, rtol=1e-3)
+
+
+def test_the_record_of_a_gradient_grows_with_the_requested_times():
+    ts = np.linspace(0.0, 10.0, 301)
+
+    def loss(k, **options):
+        sol = sf.solve(sf.ODE(lambda t, y, k: -k * y), jnp.array(1.0), ts, args=k, **options)
+        return ((sol.ys - jnp.exp(-0.3 * ts)) ** 2).mean()
+
+    value, grad = jax.jit(jax.value_and_grad(loss))(0.5)
+    exact = lambda k: ((np.exp(-k * ts) - np.exp(-0.3 * ts)) ** 2).mean()
+    np.testing.assert_allclose((value, grad), (exact(0.5), (exact(0.5001) - exact(0.4999)) / 2e-4), rtol=1e-3)
+    for options, words in (
+        ({"adjoint": sf.adjoints.DiscreteAdjoint(record=256)}, "record is 256: use DiscreteAdjoint"),
+        ({"max_steps": 299}, "max_steps is 299: use max_steps="),
+    ):
+        with pytest.raises(ValueError, match=f"at least 300 of them, and {words}"):
+            jax.jit(lambda k, options=options: loss(k, **options))(0.5)
