@@ -243,3 +243,25 @@ def test_the_type_of_a_value_says_over_which_axes_it_varies_and_can_be_changed(c
 
     spec = jax.sharding.PartitionSpec("i")
     jax.jit(jax.shard_map(seen, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma))(jnp.ones(2))
+
+
+@pytest.mark.parametrize("solver", [diffrax.Kvaerno3(), diffrax.KenCarp3(), diffrax.ImplicitEuler()])
+def test_implicit_steps_look_up_their_root_finder_in_a_namespace_that_can_name_the_adjoint(solver):
+    used = []
+
+    class Adjoint(optx.ImplicitAdjoint):
+        def apply(self, *args):
+            used.append(True)
+            return super().apply(*args)
+
+    before = type(solver).step
+    same = _compat.finding_roots_with(solver, Adjoint())
+    terms = diffrax.ODETerm(lambda t, y, args: -y)
+    terms = diffrax.MultiTerm(terms, terms) if isinstance(solver, diffrax.KenCarp3) else terms
+    run = lambda one: diffrax.diffeqsolve(terms, one, 0.0, 0.2, 0.1, jnp.ones(2),
+                                          stepsize_controller=diffrax.PIDController(1e-3, 1e-6)).ys  # fmt: skip
+    np.testing.assert_array_equal(run(same), run(solver))
+    assert used
+    assert isinstance(same, type(solver))
+    assert type(solver).step is before
+    assert _compat.finding_roots_with(diffrax.Tsit5(), Adjoint()).tableau is diffrax.Tsit5.tableau

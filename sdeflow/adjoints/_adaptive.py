@@ -59,15 +59,15 @@ def can_record(kwargs: dict[str, Any]) -> bool:
     )
 
 
-def length_of_record(record: int | None, controller: Any, max_steps: int) -> int:
+def length_of_record(record: int | None, kwargs: dict[str, Any]) -> int:
     """How many accepted steps to hold, if it is not given: some more for every time that the controller steps to."""
     if record is not None:
         return record
-    times, inner = 0, controller
+    times, inner = 0, kwargs["stepsize_controller"]
     while inner is not None:
         step_ts, inner = getattr(inner, "step_ts", None), getattr(inner, "controller", None)
         times += 0 if step_ts is None else step_ts.shape[0]
-    return min(max_steps, RECORD + STEPS_PER_TIME * times)
+    return min(kwargs["max_steps"], RECORD + STEPS_PER_TIME * times)
 
 
 def check_record(record: Any) -> None:

@@ -103,7 +103,7 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""
         if can_record(kwargs):
             check_solver(kwargs["solver"])
-            return replaying_loop(self, length_of_record(self.record, kwargs["stepsize_controller"], kwargs["max_steps"]), **kwargs)
+            return replaying_loop(self, length_of_record(self.record, kwargs), **kwargs)
         return super().loop(**kwargs)
 
 

@@ -77,5 +77,5 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
         """The loop of ``diffrax.diffeqsolve``: by walking, or for adaptive steps by the recorded reverse rule."""
         if can_record(kwargs):
             rule = replaying_loop if self.higher_order else adaptive_loop
-            return rule(self, length_of_record(self.record, kwargs["stepsize_controller"], kwargs["max_steps"]), **kwargs)
+            return rule(self, length_of_record(self.record, kwargs), **kwargs)
         return super().loop(**kwargs)

@@ -283,7 +283,9 @@ class _SavingAt(diffrax.AbstractAdjoint):
 
 def _unset(dtype: Any) -> Any:
     """What stands where nothing was saved."""
-    return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max if dtype != bool else False
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.inf
+    return jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else False
 
 
 def _run_saving(run: Any, adjoint: AbstractWalkAdjoint, saveat: diffrax.SaveAt) -> diffrax.Solution:

@@ -35,7 +35,7 @@ def last_finite(ts: Array, y0: PyTree, ys: PyTree | None, final: PyTree, reached
 def void_failed(
     result: Any, ts: Array, reached: Array, ys: PyTree, final: PyTree, last: PyTree, penalties: PyTree
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-    """States, final and last state, and penalties of a solve, without the numbers and derivatives of one that failed."""
+    """States, final and last state, and penalties, without the numbers and derivatives of a solve that failed."""
     # Both say what is wrong with something else than the states.
     apart = (result == RESULTS.record_overflow) | (result == RESULTS.degenerate_diffusion)
     okay = is_okay(result) | apart

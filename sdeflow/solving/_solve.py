@@ -63,8 +63,8 @@ from ._choose import (
     wrong_backwards,
 )
 from ._delegate import check_adjoint, delegate, pre_check
-from ._plan import Plan, plan
 from ._failed import last_finite, void_failed
+from ._plan import Plan, plan
 from ._solution import Solution, failure, with_finite_check
 from ._traced_times import blank_unless, times_are_good
 
@@ -276,7 +276,9 @@ def _in_coordinates(chart: Chart, ts: Any, *, save_fn: Any, event: Any, **option
     start = chart.begin(ts, options["args"], options["key"])
     sol = solve(chart.equation, start, ts, save_fn=Reading(chart.read, save_fn), event=event, **options)
     stats = {**sol.stats, **chart.notes(sol.final)}
-    return eqx.tree_at(lambda s: (s.final, s.last, s.stats), sol, (chart.final(sol.final), chart.final(sol.last), stats))
+    return eqx.tree_at(
+        lambda s: (s.final, s.last, s.stats), sol, (chart.final(sol.final), chart.final(sol.last), stats)
+    )
 
 
 @on_any_mesh
