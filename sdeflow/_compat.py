@@ -4,7 +4,9 @@ Nothing else in the package may import a name that starts with an underscore fro
 Every item below is pinned by one test in ``tests/test_diffrax_contract.py``.
 """
 
+import dataclasses
 import functools as ft
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ import equinox.internal as eqxi
 import jax
 import jax.tree_util as jtu
 import numpy as np
+import optimistix as optx
 from diffrax._integrate import SaveState as SaveState
 from diffrax._integrate import TermAndSolverIncompatible as TermAndSolverIncompatible
 from diffrax._integrate import _assert_term_compatible  # pyright: ignore[reportPrivateUsage]
@@ -211,6 +214,35 @@ def moved_by(relation: Any, change: Any) -> tuple[Any, Any] | None:
     else:
         return None
     return state, jtu.tree_map(lambda x: diagonal * x, change)
+
+
+def finding_roots_with(solver: Any, adjoint: Any) -> Any:
+    """The implicit solver, whose stages are differentiated by this adjoint of optimistix.
+
+    diffrax has no argument for it. Its step looks ``root_find`` up in the module's ``optx``: here the same step does so
+    in a namespace that names the adjoint too, and diffrax itself stays as it is. A step that is not diffrax's is kept.
+    """
+    cls = type(solver)
+    step = getattr(cls, "step", None)
+    here = getattr(step, "__globals__", {})
+    if here.get("optx") is not optx or not here.get("__name__", "").startswith("diffrax."):
+        return solver
+    same = object.__new__(_with_own_roots(cls, adjoint))
+    for field in dataclasses.fields(solver):
+        object.__setattr__(same, field.name, getattr(solver, field.name))
+    return same
+
+
+@ft.cache
+def _with_own_roots(cls: Any, adjoint: Any) -> Any:
+    own = types.SimpleNamespace(**vars(optx))
+    own.root_find = lambda *args, **options: optx.root_find(*args, **options, adjoint=adjoint)
+    old = cls.step
+    step = types.FunctionType(
+        old.__code__, {**old.__globals__, "optx": own}, old.__name__, old.__defaults__, old.__closure__
+    )
+    step.__kwdefaults__ = old.__kwdefaults__
+    return type(cls)(cls.__name__, (cls,), {"step": step, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 lax_while_loop = ft.partial(eqxi.while_loop, kind="lax")

@@ -264,3 +264,25 @@ def test_the_number_of_steps_of_known_times_is_known_while_tracing():
     jax.jit(run)(1.0, jnp.ones(2))
     jax.vmap(run, in_axes=(0, None))(jnp.array([1.0, 2.0]), jnp.ones(2))
     assert found == [10, 13, None, None]
+
+
+@pytest.mark.parametrize("solver", [diffrax.Kvaerno3(), diffrax.KenCarp3(), diffrax.ImplicitEuler()])
+def test_implicit_steps_look_up_their_root_finder_in_a_namespace_that_can_name_the_adjoint(solver):
+    used = []
+
+    class Adjoint(optx.ImplicitAdjoint):
+        def apply(self, *args):
+            used.append(True)
+            return super().apply(*args)
+
+    before = type(solver).step
+    same = _compat.finding_roots_with(solver, Adjoint())
+    terms = diffrax.ODETerm(lambda t, y, args: -y)
+    terms = diffrax.MultiTerm(terms, terms) if isinstance(solver, diffrax.KenCarp3) else terms
+    run = lambda one: diffrax.diffeqsolve(terms, one, 0.0, 0.2, 0.1, jnp.ones(2),
+                                          stepsize_controller=diffrax.PIDController(1e-3, 1e-6)).ys  # fmt: skip
+    np.testing.assert_array_equal(run(same), run(solver))
+    assert used
+    assert isinstance(same, type(solver))
+    assert type(solver).step is before
+    assert _compat.finding_roots_with(diffrax.Tsit5(), Adjoint()).tableau is diffrax.Tsit5.tableau

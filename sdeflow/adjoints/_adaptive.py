@@ -34,6 +34,9 @@ from ._within_diffrax import Steps, is_save, walk_steps
 # What diffrax hands to an adjoint but its own loop does not take.
 _NOT_FOR_LOOP = ("init_state", "throw", "passed_solver_state", "passed_controller_state")
 
+# Accepted steps that a record holds, unless its length is given, and what each time to step to adds to them.
+RECORD, STEPS_PER_TIME = 256, 4
+
 _FIRST_ONLY = (
     "Adaptive steps have first derivatives in reverse mode, by jax.grad: for second derivatives or forward mode pass "
     "adjoint=sdeflow.adjoints.DiscreteAdjoint(higher_order=True), or fix the steps."
@@ -58,26 +61,26 @@ def can_record(kwargs: dict[str, Any]) -> bool:
     )
 
 
-def check_record(record: int | None) -> None:
+def length_of_record(record: int | None, kwargs: dict[str, Any]) -> int:
+    """How many accepted steps to hold, if it is not given: some more for every time that the controller steps to."""
+    if record is not None:
+        return record
+    times, inner = 0, kwargs["stepsize_controller"]
+    while inner is not None:
+        step_ts, inner = getattr(inner, "step_ts", None), getattr(inner, "controller", None)
+        times += 0 if step_ts is None else step_ts.shape[0]
+    return min(kwargs["max_steps"], RECORD + STEPS_PER_TIME * times)
+
+
+def check_record(record: Any) -> None:
     """Refuse what is no length of a record.
 
     Raises:
-        ValueError: for what is neither None nor a positive integer.
+        ValueError: for all but positive integers and None.
     """
-    if record is not None and (not isinstance(record, int) or isinstance(record, bool) or record < 1):
-        raise ValueError(f"record must be a positive number of steps, got {record!r}.")
-
-
-def _record_length(record: int | None, kwargs: dict[str, Any]) -> int:
-    """The length of the record: as given, else four steps for every time that is stepped to, 256 at least."""
-    if record is not None:
-        return record
-    controller, times = kwargs["stepsize_controller"], 0
-    while isinstance(controller, diffrax.AbstractStepSizeController):
-        step_ts = getattr(controller, "step_ts", None)
-        times += 0 if step_ts is None else step_ts.size
-        controller = getattr(controller, "controller", None)
-    return min(kwargs["max_steps"], max(256, 4 * times))
+    if record is None or (isinstance(record, int) and not isinstance(record, bool) and record >= 1):
+        return
+    raise ValueError(f"record must be a positive number of steps, got {record!r}.")
 
 
 def may_jump(controller: Any) -> bool:
@@ -182,9 +185,8 @@ def _too_long(length: int) -> str:
     )
 
 
-def replaying_loop(adjoint: Any, size: int | None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def replaying_loop(adjoint: Any, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """The adaptive loop, its accepted steps then walked in chunks, so that derivatives of every order exist."""
-    length = _record_length(size, kwargs)
     state, jumps = kwargs["init_state"], may_jump(kwargs["stepsize_controller"])
     loop = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
     run = freeze(eqx.filter_closure_convert(lambda s: _run_recording(adjoint, s, length, loop), freeze(state)))
@@ -216,9 +218,8 @@ def replaying_loop(adjoint: Any, size: int | None, **kwargs: Any) -> tuple[Any, 
     return eqx.tree_at(_ys, final, ys), {"record_overflow": overflow}
 
 
-def adaptive_loop(adjoint: diffrax.AbstractAdjoint, size: int | None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def adaptive_loop(adjoint: diffrax.AbstractAdjoint, length: int, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """What ``adjoint.loop`` returns to ``diffeqsolve`` for adaptive steps, with the recorded reverse rule."""
-    length = _record_length(size, kwargs)
     state, throw = kwargs["init_state"], kwargs["throw"]
     kwargs = {k: kwargs[k] for k in kwargs if k not in _NOT_FOR_LOOP}
     solver, terms, args, controller = (kwargs[k] for k in ("solver", "terms", "args", "stepsize_controller"))

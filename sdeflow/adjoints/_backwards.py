@@ -190,7 +190,7 @@ def walk_backwards(
     try:
         run = eqx.filter_closure_convert(ahead, begin)
     except FallibleStep:
-        begin = Carry(begin.y, begin.solver_state, RESULTS.successful)
+        begin = Carry(begin.y, begin.solver_state, RESULTS.successful, jnp.zeros((), jnp.int32))
         run = eqx.filter_closure_convert(ahead, begin)
     final, emitted = freeze(run)(freeze(begin))
     live, dense = rows.live, None
@@ -236,7 +236,7 @@ def walk_backwards(
     )
     values, _ = attach(rule, values, inputs, jnp.asarray(False), advice)
     y, saved = values_def.unflatten(values)
-    return Carry(y, final.solver_state, final.result), eqx.combine(saved, rest), problem
+    return Carry(y, final.solver_state, final.result, final.taken), eqx.combine(saved, rest), problem
 
 
 def _saving(

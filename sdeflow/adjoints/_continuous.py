@@ -24,7 +24,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ..walking import Carry, Rows
-from ._adaptive import can_record, check_record, replaying_loop
+from ._adaptive import can_record, check_record, length_of_record, replaying_loop
 from ._backwards import Backwards, Problem, check_terms, walk_backwards
 from ._base import AbstractWalkAdjoint
 from ._fields import Adjoined, Field, noise_charge
@@ -53,8 +53,8 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
 
     Arguments:
         max_defect: above this defect gradients are NaN; by default none is.
-        record: for adaptive steps only: how many accepted steps the record holds; four for every time that is stepped
-            to by default, but at least 256 and at most ``max_steps``.
+        record: for adaptive steps only: how many accepted steps the record holds. Default: 256, and 4 more for every
+            requested time of `sdeflow.solve`, at most ``max_steps``.
 
     Raises:
         ValueError: for a ``max_defect`` that is not positive or a ``record`` below 1; while tracing, for an implicit,
@@ -107,7 +107,7 @@ class ContinuousAdjoint(AbstractWalkAdjoint):
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""
         if can_record(kwargs):
             check_solver(kwargs["solver"])
-            return replaying_loop(self, self.record, **kwargs)
+            return replaying_loop(self, length_of_record(self.record, kwargs), **kwargs)
         return super().loop(**kwargs)
 
 

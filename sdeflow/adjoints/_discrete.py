@@ -8,7 +8,7 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from ..walking import Carry, Checkpoints, Rows, prepare_solver, walk
-from ._adaptive import adaptive_loop, can_record, check_record, replaying_loop
+from ._adaptive import adaptive_loop, can_record, check_record, length_of_record, replaying_loop
 from ._base import AbstractWalkAdjoint
 
 
@@ -30,8 +30,8 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
     Arguments:
         checkpoints: "step", "sqrt", None, or a number of segments.
         higher_order: for adaptive steps only; fixed grids always have derivatives of every order.
-        record: for adaptive steps only: how many accepted steps the record holds; four for every time that is stepped
-            to by default, but at least 256 and at most ``max_steps``.
+        record: for adaptive steps only: how many accepted steps the record holds. Default: 256, and 4 more for every
+            requested time of `sdeflow.solve`, at most ``max_steps``.
 
     Raises:
         ValueError: for another ``checkpoints`` or a ``record`` below 1.
@@ -79,5 +79,5 @@ class DiscreteAdjoint(AbstractWalkAdjoint):
         """The loop of ``diffrax.diffeqsolve``: by walking, or for adaptive steps by the recorded reverse rule."""
         if can_record(kwargs):
             rule = replaying_loop if self.higher_order else adaptive_loop
-            return rule(self, self.record, **kwargs)
+            return rule(self, length_of_record(self.record, kwargs), **kwargs)
         return super().loop(**kwargs)

@@ -37,7 +37,7 @@ from jaxtyping import PyTree
 
 from .._results import is_okay, promote
 from ..walking import Carry, Rows, prepare_solver
-from ._adaptive import can_record, check_record, replaying_loop
+from ._adaptive import can_record, check_record, length_of_record, replaying_loop
 from ._backwards import Backwards, Problem, check_terms, walk_backwards
 from ._base import AbstractWalkAdjoint
 from ._fields import Field, noise_charge
@@ -78,8 +78,8 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
         quadrature: "stages" or "gauss", where gradients with respect to what the equation holds are summed up: at the
             solver's own stages, or at three nodes of Gauss and Legendre, which fail in stiff equations where dL/dy
             decays within a step.
-        record: for adaptive steps only: how many accepted steps the record holds; four for every time that is stepped
-            to by default, but at least 256 and at most ``max_steps``.
+        record: for adaptive steps only: how many accepted steps the record holds. Default: 256, and 4 more for every
+            requested time of `sdeflow.solve`, at most ``max_steps``.
 
     Raises:
         ValueError: for another ``quadrature`` or a ``record`` below 1; while tracing, for a wrapped, multi-step or
@@ -131,7 +131,7 @@ class InterpolatingAdjoint(AbstractWalkAdjoint):
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""
         if can_record(kwargs):
             check_solver(kwargs["solver"])
-            return replaying_loop(self, self.record, **kwargs)
+            return replaying_loop(self, length_of_record(self.record, kwargs), **kwargs)
         return super().loop(**kwargs)
 
 

@@ -32,7 +32,7 @@ from ..paths._increments import backwards
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
 from ..walking import Carry, Rows, first_carry, prepare_solver, walk
-from ._adaptive import can_record, check_record, replaying_loop
+from ._adaptive import can_record, check_record, length_of_record, replaying_loop
 from ._attach import Flags, attach
 from ._base import AbstractWalkAdjoint
 from ._freeze import freeze
@@ -62,8 +62,8 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
 
     Arguments:
         max_defect: the largest defect for which gradients count as gradients.
-        record: for adaptive steps only: how many accepted steps the record holds; four for every time that is stepped
-            to by default, but at least 256 and at most ``max_steps``.
+        record: for adaptive steps only: how many accepted steps the record holds. Default: 256, and 4 more for every
+            requested time of `sdeflow.solve`, at most ``max_steps``.
 
     Raises:
         ValueError: for another ``max_defect`` than a positive number or a ``record`` below 1; while tracing, for a
@@ -150,7 +150,7 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
         """The loop of ``diffrax.diffeqsolve``: by walking, adaptive steps a second time along those accepted."""
         if can_record(kwargs):
             check_reversible(kwargs["solver"], False)
-            return replaying_loop(self, self.record, **kwargs)
+            return replaying_loop(self, length_of_record(self.record, kwargs), **kwargs)
         return super().loop(**kwargs)
 
 

@@ -243,7 +243,7 @@ def _begin(walk: _Walk, y0: Any, row: Any, solver_state: Any) -> Carry:
     if solver_state is None:
         return carry
     resumed = adopt_state(prepared, solver_state, walk.terms, left[0], right[0], y0, walk.args, fresh=False)
-    return Carry(carry.y, resumed, carry.result)
+    return Carry(carry.y, resumed, carry.result, carry.taken)
 
 
 def _walk_in_chunks(

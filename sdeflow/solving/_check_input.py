@@ -173,6 +173,25 @@ def check_first_step(ts: Any, dt0: Any, dtype: Any) -> None:
         check_step(abs(dt0), largest, dtype, "first step, dt0,")
 
 
+def check_enough_steps(ts: Any, max_steps: int | None, record: int | None) -> None:
+    """Check that adaptive steps can lead through all requested times, each of which ends a step.
+
+    Arguments:
+        record: how many steps are recorded for gradients; None if that is left to the solve.
+
+    Raises:
+        ValueError: naming the option that is too small.
+    """
+    least = len(ts) - 1
+    for name, most in (("max_steps", max_steps), ("record", record)):
+        if is_concrete(ts) and most is not None and most < least:
+            option = "max_steps=" if name == "max_steps" else "DiscreteAdjoint(record=...)"
+            raise ValueError(
+                f"Adaptive steps end at every requested time, so there are at least {least} of them, and {name} is "
+                f"{most}: use {option} with a larger number."
+            )
+
+
 def check_still(grid: Grid | None) -> None:
     """Check a solve of one time, in which nothing moves.
 

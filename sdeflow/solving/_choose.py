@@ -328,7 +328,7 @@ def choose_adjoint(
         return diffrax.RecursiveCheckpointAdjoint(), "as an event may end the solve, diffrax takes the steps"
     if num_rows is None:
         adjoint = DiscreteAdjoint()
-        return adjoint, f"exact gradients of the accepted steps, of which at most {adjoint.record} are recorded"
+        return adjoint, "exact gradients of the accepted steps, which are recorded"
     size = num_rows * sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(y0))
     takes = f"the states before {num_rows} steps take {size / 2**20:.3g} MiB"
     if size > STATES_LIMIT:

@@ -185,8 +185,7 @@ def delegate(
     if steps is None:
         # Requested times are stepped to, so that what is returned are states of the solver.
         first = None if dt0 is None else jnp.asarray(dt0, ts.dtype)
-        implicit = isinstance(getattr(solver, "solver", solver), diffrax.AbstractImplicitSolver)
-        controller, dt0 = GuardedController(controller, first, implicit), None  # pyright: ignore
+        controller, dt0 = GuardedController(controller, first), None  # pyright: ignore
         begin = beside_jumps(controller, begin, end)
         wanted = wanted.at[0].set(begin)
         if not ends_only:
@@ -305,12 +304,19 @@ class _SavingAt(diffrax.AbstractAdjoint):
         def allocated(sub: diffrax.SubSaveAt) -> SaveState:
             n = sub.t1 + (0 if sub.ts is None else sub.ts.shape[0])
             shape = eqx.filter_eval_shape(sub.fn, kwargs["t0"], state.y, kwargs["args"])
-            ys = jtu.tree_map(lambda x: jnp.full((n, *x.shape), jnp.inf, x.dtype), shape)
+            ys = jtu.tree_map(lambda x: jnp.full((n, *x.shape), _unset(x.dtype), x.dtype), shape)
             return SaveState(ts=jnp.full(n, jnp.inf, dtype), ys=ys, save_index=0, saveat_ts_index=0)
 
         subs = tuple(turned(sub) for sub in self.saveat.subs)
         state = eqx.tree_at(lambda s: s.save_state, state, tuple(allocated(sub) for sub in subs))
         return self.adjoint.loop(**{**kwargs, "saveat": diffrax.SaveAt(subs=subs), "init_state": state})
+
+
+def _unset(dtype: Any) -> Any:
+    """What stands where nothing was saved."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.inf
+    return jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else False
 
 
 def _run_saving(run: Any, adjoint: AbstractWalkAdjoint, saveat: diffrax.SaveAt) -> diffrax.Solution:

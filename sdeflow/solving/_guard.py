@@ -4,7 +4,7 @@ diffrax's PID controller turns a trial state of infinity into a NaN error, then 
 from then on. Where its answer is of no use, the guard rejects the step itself, leaves the controller as it was, and
 tries a fifth of the step; every other answer is passed on, so that the steps are diffrax's own. Where the field itself
 is not finite no step length helps: trials that keep failing while no step gets past the earliest of them end the solve,
-those to which the controller answers well as soon as they are as short as times can be told apart.
+those whose stages were not found as soon as they are as short as times can be told apart.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-TRIALS = 24  # how often trials may fail while no step gets past the earliest of them
+TRIALS = 36  # how often trials may fail while no step gets past the earliest of them
 SHRINK = 0.2  # what a failed trial does to the step, as diffrax's controllers do by default
 
 
@@ -25,12 +25,10 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
         controller: the controller to guard.
         dt0: the length of the first step; None if the controller chooses it. Given to ``diffeqsolve`` it would be
             checked at run time, by a call back to the host.
-        implicit: whether the solver is implicit, so that steps may also fail as their stages did not converge.
     """
 
     controller: diffrax.AbstractAdaptiveStepSizeController
     dt0: Any = None
-    implicit: bool = eqx.field(static=True, default=False)
 
     @property
     def rtol(self) -> Any:
@@ -55,7 +53,7 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
     def wrap(self, direction: Any) -> "GuardedController":
         """Wrap the controller for the direction of time."""
         dt0 = None if self.dt0 is None else jnp.abs(self.dt0)
-        return GuardedController(self.controller.wrap(direction), dt0, self.implicit)  # pyright: ignore[reportCallIssue]
+        return GuardedController(self.controller.wrap(direction), dt0)  # pyright: ignore[reportCallIssue]
 
     def init(
         self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
@@ -92,8 +90,9 @@ class GuardedController(diffrax.AbstractAdaptiveStepSizeController):
         jump = jump if eqx.is_array(decided[3]) else decided[3]
         # Getting past the earliest time where a trial failed forgives all failures before it.
         past = keep & (t1 >= until)
-        # An implicit step may well fail many times on the way into a sharp layer, down to the resolution of time.
-        counts = ~usable | (~good & (t1 - t0 <= shortest)) if self.implicit else ~good
+        # A step whose stages were not found has an infinite error, and may well fail many times on the way into a sharp
+        # layer, down to the resolution of time; where the state itself is not finite, the field is not.
+        counts = ~usable | (~good & (~_finite(y1_candidate, y1_candidate) | (t1 - t0 <= shortest)))
         failed = jnp.where(past, 0, failed) + jnp.where(counts, 1, 0)
         until = jnp.where(good, jnp.where(past, jnp.inf, until), jnp.minimum(until, t1))
         result = diffrax.RESULTS.where(usable, decided[5], diffrax.RESULTS.successful)

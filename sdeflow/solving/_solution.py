@@ -19,10 +19,15 @@ class Solution(eqx.Module):
         ts: shape (n,), the requested times.
         ys: the states there (or what ``save_fn`` made of them), leaves (n, *shape); ``ys[0]`` is the start.
         final: the state at the last time, as the solver left it.
-        stats: "num_steps" taken, and "nfe", the number of drift evaluations (None if the solver is not known). Where
-            diffrax took the steps, also "num_rejected" and "time_reached".
+        stats: "num_steps" taken, "nfe", the number of drift evaluations (None if the solver is not known), and
+            "time_reached", where the solve ended. Where diffrax took the steps, also "num_rejected".
         penalties: class name -> scalar, what each regulariser charged.
         result: a member of `sdeflow.RESULTS`; read it with `sdeflow.is_okay`.
+            After a failure ``ys`` beyond the time reached, ``final`` and every derivative are NaN (an integer that
+            ``save_fn`` makes is the largest of its type); an event that ends a solve is no failure.
+        last: the last accepted state, that of ``stats["time_reached"]``. It is ``final`` unless the solve failed. Where
+            the fixed steps of an explicit solver became infinite or NaN, all of which are accepted, it is the last
+            finite state at a requested time (with a ``save_fn``, the start).
         choices: what was chosen and why, as pairs of strings; printed by ``repr``.
     """
 
@@ -33,6 +38,7 @@ class Solution(eqx.Module):
     penalties: dict[str, Array]
     result: Any
     choices: tuple[tuple[str, str], ...] = eqx.field(static=True, default=())
+    last: PyTree[Array] = None
 
     def __repr__(self) -> str:
         value = promote(self.result)

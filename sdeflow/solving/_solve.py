@@ -33,6 +33,7 @@ from ..solvers import Exact
 from ..walking import asks_within, make_rows
 from ._check_input import (
     check_counts,
+    check_enough_steps,
     check_first_step,
     check_noise_given,
     check_precision,
@@ -63,6 +64,7 @@ from ._choose import (
     wrong_backwards,
 )
 from ._delegate import check_adjoint, delegate, pre_check
+from ._failed import last_finite, void_failed
 from ._plan import Plan, plan
 from ._solution import Solution, failure, with_finite_check
 from ._traced_times import blank_unless, times_are_good
@@ -248,6 +250,8 @@ def solve(
                 event=event, save_fn=save_fn,
             )  # fmt: skip
         choices.append(("adjoint", f"{_short(adjoint)}, as given"))
+    if adaptive:
+        check_enough_steps(ts, max_steps, getattr(adjoint, "record", None))
     walked = isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None
     if not still:
         check_precision(y0, solver, delegated=not walked)
@@ -277,7 +281,9 @@ def _in_coordinates(chart: Chart, ts: Any, *, save_fn: Any, event: Any, **option
     start = chart.begin(ts, options["args"], options["key"])
     sol = solve(chart.equation, start, ts, save_fn=Reading(chart.read, save_fn), event=event, **options)
     stats = {**sol.stats, **chart.notes(sol.final)}
-    return eqx.tree_at(lambda s: (s.final, s.stats), sol, (chart.final(sol.final), stats))
+    return eqx.tree_at(
+        lambda s: (s.final, s.last, s.stats), sol, (chart.final(sol.final), chart.final(sol.last), stats)
+    )
 
 
 @on_any_mesh
@@ -342,18 +348,24 @@ def _run(
 
     setting = Setting(terms, y0, solver, controller, adjoint, save_fn, event, walks)
     out, penalties = charged(go, setting, regularisers, ts, args, key)
-    return _finished(ts, out.ys, out.final, out.stats, penalties, out.result, good, choices)
+    return _finished(ts, y0, out, penalties, good, choices, save_fn is None)
 
 
-def _finished(
-    ts: Any, ys: Any, final: Any, stats: Any, penalties: Any, result: Any, good: Any, choices: Any
-) -> Solution:
-    """The solution, with what its last state and its traced times say of the result."""
-    result = with_finite_check(result, final)
+def _finished(ts: Any, y0: Any, out: Outcome, penalties: Any, good: Any, choices: Any, bare: bool) -> Solution:
+    """The solution, with what its last state and its traced times say of the result.
+
+    Arguments:
+        bare: whether ``ys`` are the states.
+    """
+    ys, final, stats = out.ys, out.final, out.stats
+    result = with_finite_check(out.result, final)
     if good is not None:
         result = RESULTS.where(good, result, RESULTS.bad_times)
-        ys, final = blank_unless(good, (ys, final))
-    return Solution(ts, ys, final, stats, penalties, result, choices)
+    last, reached = last_finite(ts, y0, ys if bare else None, final, stats["time_reached"])
+    ys, final, last, penalties = void_failed(result, ts, reached, ys, final, last, penalties)
+    if good is not None:
+        ys, final, last, penalties, reached = blank_unless(good, (ys, final, last, penalties, reached))
+    return Solution(ts, ys, final, {**stats, "time_reached": reached}, penalties, result, choices, last)
 
 
 def _stay(
@@ -364,11 +376,12 @@ def _stay(
         eqx.filter_eval_shape(DriftTerm(equation.drift).vf, ts[0], y0, args)  # pyright: ignore
     first = y0 if save_fn is None else save_fn(ts[0], y0, args)
     ys = jtu.tree_map(lambda x: jnp.asarray(x)[None], first)
-    stats = {"num_steps": jnp.array(0), "nfe": jnp.array(0)}
+    stats = {"num_steps": jnp.array(0), "nfe": jnp.array(0), "time_reached": ts[0]}
     if adaptive:
-        stats |= {"num_rejected": jnp.array(0), "time_reached": ts[0]}
+        stats |= {"num_rejected": jnp.array(0)}
     penalties = {type(r).__name__: jnp.zeros((), ts.dtype) for r in regularisers}
-    return _finished(ts, ys, y0, stats, penalties, RESULTS.successful, good, choices)
+    out = Outcome(ys, y0, stats, RESULTS.successful)
+    return _finished(ts, y0, out, penalties, good, choices, save_fn is None)
 
 
 def _walk(
@@ -398,7 +411,14 @@ def _walk(
     cost = evaluations(solver)
     nfe = None if cost is None else count * cost[0] + cost[1]
     result = RESULTS.successful if carry.result is None else carry.result
-    stats = {"num_steps": jnp.asarray(count), "nfe": None if nfe is None else jnp.asarray(nfe), **said}
+    reached = ts[-1]
+    if carry.taken is not None:
+        ends = jnp.concatenate([grid.left[:1], grid.right])
+        reached = jnp.where(is_okay(result), reached, ends[carry.taken].astype(ts.dtype))
+    stats = {
+        "num_steps": jnp.asarray(count), "nfe": None if nfe is None else jnp.asarray(nfe), "time_reached": reached,
+        **said,
+    }  # fmt: skip
     return ys, carry.y, stats, result
 
 

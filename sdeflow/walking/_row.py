@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._compat import finding_roots_with
 from .._results import RESULTS, is_okay, promote
 from ..paths._rows import RowNoise
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
+from ..solvers._newton import StageAdjoint
 from ..solvers._unrolled import UnrolledERK, UnrolledSRK, unrolled, with_all_derivatives
 
 
@@ -53,11 +55,15 @@ class Rows(eqx.Module):
 
 
 class Carry(eqx.Module):
-    """What a walk carries from row to row: the state, the solver's own state and, if steps can fail, the result."""
+    """What a walk carries from row to row: the state and the solver's own state.
+
+    If steps can fail, also the result and the number of rows that were accepted.
+    """
 
     y: PyTree[Array]
     solver_state: PyTree[Array]
     result: Any
+    taken: Any = None
 
 
 class FallibleStep(Exception):
@@ -114,8 +120,8 @@ def straighten(
 
 
 def prepare_solver(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
-    """The solver that takes a walk's steps: straightened, and with derivatives of every order."""
-    return straighten(solver, with_all_derivatives)
+    """The solver that takes a walk's steps: straightened, and with derivatives of every order, without callbacks."""
+    return straighten(solver, lambda x: finding_roots_with(with_all_derivatives(x), StageAdjoint()))
 
 
 def _innermost(solver: Any) -> Any:
@@ -205,7 +211,7 @@ def first_carry(solver: diffrax.AbstractSolver, terms: Any, args: Any, y0: PyTre
     state = solver.init(terms, rows.left[0], rows.right[0], y0, args)
     # A weak type or a Python scalar would make the carry change its type after one step.
     state = jtu.tree_map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
-    return Carry(y0, state, RESULTS.successful if fallible else None)
+    return Carry(y0, state, *((RESULTS.successful, jnp.zeros((), jnp.int32)) if fallible else (None,)))
 
 
 def step_row(solver: diffrax.AbstractSolver, terms: Any, args: Any, rows: Rows, carry: Carry, row: Any) -> Any:
@@ -223,7 +229,7 @@ def step_row(solver: diffrax.AbstractSolver, terms: Any, args: Any, rows: Rows, 
     y1, error, dense, state1, result = solver.step(
         here, left, right, carry.y, args, carry.solver_state, False if jump is None else jump
     )
-    keep, result1 = live, carry.result
+    keep, result1, taken = live, carry.result, carry.taken
     if result is not diffrax.RESULTS.successful:
         if carry.result is None:
             raise FallibleStep
@@ -234,4 +240,6 @@ def step_row(solver: diffrax.AbstractSolver, terms: Any, args: Any, rows: Rows, 
     if keep is not None:
         select = lambda a, b: jnp.where(keep, a, b)
         y1, state1 = jtu.tree_map(select, (y1, state1), (carry.y, carry.solver_state))
-    return Carry(y1, state1, result1), (error, dense)
+    if taken is not None:
+        taken = taken + (1 if keep is None else keep.astype(taken.dtype))
+    return Carry(y1, state1, result1, taken), (error, dense)

@@ -1,0 +1,92 @@
+"""What is returned of a solve that failed: its last accepted state, and NaN for all that was not reached.
+
+A number for what was never computed would pass for a solution inside of a trace, where nothing is raised. So would its
+derivative: those of a failed solve are NaN too.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree
+
+from .._results import RESULTS, is_okay
+from ..adjoints._freeze import freeze
+
+
+def last_finite(ts: Array, y0: PyTree, ys: PyTree | None, final: PyTree, reached: Any) -> tuple[PyTree, Array]:
+    """The last state known to be finite and its time: the final one, or the last before the states became infinite.
+
+    Arguments:
+        ys: the states at the requested times; None if they were not kept.
+        reached: the time of ``final``.
+    """
+    good = _finite(final, 0)
+    if ys is None:
+        before, when = y0, ts[0]
+    else:
+        steady = jnp.cumprod(_finite(ys, 1).astype(jnp.int32))
+        row = jnp.maximum(steady.sum() - 1, 0)
+        before, when = jtu.tree_map(lambda x: x[row], ys), ts[row]
+    return jtu.tree_map(lambda a, b: jnp.where(good, a, b), final, before), jnp.where(good, reached, when)
+
+
+def void_failed(
+    result: Any, ts: Array, reached: Array, ys: PyTree, final: PyTree, last: PyTree, penalties: PyTree
+) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+    """States, final and last state, and penalties, without the numbers and derivatives of a solve that failed."""
+    # Both say what is wrong with something else than the states.
+    apart = (result == RESULTS.record_overflow) | (result == RESULTS.degenerate_diffusion)
+    okay = is_okay(result) | apart
+    sign, gap = jnp.sign(ts[-1] - ts[0]), jnp.abs(ts[1:] - ts[:-1])
+    # The ends of steps are those of intervals up to rounding.
+    slack = 1e-3 * jnp.where(gap > 0, gap, jnp.inf).min(initial=jnp.inf)
+    seen = okay | ((ts - reached) * sign <= jnp.where(jnp.isfinite(slack), slack, 0))
+    seen, okay = freeze((seen, okay))
+
+    def rows(x: Array) -> Array:
+        return _void(x, seen.reshape(-1, *(1,) * (x.ndim - 1)), okay)
+
+    whole = lambda x: _void(x, okay, okay)
+    keep = lambda x: _void(x, jnp.array(True), okay)
+    return jtu.tree_map(rows, ys), jtu.tree_map(whole, final), jtu.tree_map(keep, last), jtu.tree_map(whole, penalties)
+
+
+def _void(x: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return _blanked(x, seen, okay)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.where(seen, x, jnp.iinfo(x.dtype).max)
+    return x
+
+
+@jax.custom_jvp
+def _blanked(x: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:
+    """``x`` where it was seen, and NaN elsewhere; its derivatives are NaN everywhere unless all is okay."""
+    return jnp.where(seen, x, jnp.asarray(jnp.nan, x.dtype))
+
+
+@_blanked.defjvp
+def _tangent(primals: Any, tangents: Any) -> Any:
+    """NaN for a tangent or cotangent that is not zero: a loss that leaves a failed path out has its gradient.
+
+    Past the largest number all but zero is infinite, and infinity less infinity NaN: in the first difference for a
+    cotangent, in the second for a tangent.
+    """
+    x, seen, okay = primals
+    t = tangents[0]
+    past = jnp.where(okay, 1, jnp.finfo(x.dtype).max).astype(x.dtype)
+    beyond = lambda a: a * past * past * past
+    return _blanked(x, seen, okay), t + beyond(t - t) + (beyond(t) - beyond(t))
+
+
+def _finite(tree: PyTree, axes: int) -> Bool[Array, "..."]:
+    """Whether all numbers are finite, for each index of the first axes."""
+    flags = [
+        jnp.isfinite(x).all(axis=tuple(range(axes, x.ndim)))
+        for x in map(jnp.asarray, jtu.tree_leaves(tree))
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return jnp.stack(flags).all(axis=0) if flags else jnp.array(True)
