@@ -142,20 +142,6 @@ def check_counts(dt0: Any, grid: Any, steps_per_interval: Any, max_steps: Any) -
         check_dt0(dt0)
 
 
-def check_record_holds(ts: Any, adjoint: Any) -> None:
-    """Refuse a record for gradients that is shorter than the number of steps that adaptive steps take at least.
-
-    Raises:
-        ValueError: naming the least length.
-    """
-    record, least = getattr(adjoint, "record", None), np.shape(ts)[0] - 1
-    if record is not None and is_concrete(ts) and record < least:
-        raise ValueError(
-            f"{type(adjoint).__name__}(record={record}) holds fewer steps than the {least} intervals of ts take: leave "
-            f"record= out, or give at least {least}."
-        )
-
-
 def check_first_step(ts: Any, dt0: Any, dtype: Any) -> None:
     """Check the first step of adaptive steps, and that the requested times can be told apart.
 

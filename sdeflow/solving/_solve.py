@@ -38,7 +38,6 @@ from ._check_input import (
     check_noise_given,
     check_precision,
     check_real,
-    check_record_holds,
     check_still,
     check_ts,
     check_y0,
@@ -212,7 +211,6 @@ def solve(
             )
         check_adapts(solver, noisy)
         check_first_step(ts, dt0, dtype)
-        check_record_holds(ts, adjoint)
     elif still:
         check_still(grid)
     else:
