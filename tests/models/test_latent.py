@@ -90,8 +90,7 @@ def test_rows_without_observations_do_not_change_what_the_encoder_says():
     encode, at = eqx.filter_jit(model.encode), eqx.filter_jit(lambda context, t: context.at(t))
     for i in range(3):
         one, two = (
-            encode(jnp.asarray(d.times[i], jnp.float32), jnp.asarray(d.values[i], jnp.float32))
-            for d in (data, more)
+            encode(jnp.asarray(d.times[i], jnp.float32), jnp.asarray(d.values[i], jnp.float32)) for d in (data, more)
         )
         np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
         for t in np.linspace(data.times[i][0], data.times[i][-1], 7)[:-1]:
