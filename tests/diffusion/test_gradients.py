@@ -79,7 +79,11 @@ def loss(solver, weights, x, scale, times):
     return (out * jnp.array([1.0, -0.7])).sum()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+# Those left to the slow run are of the family of another one here.
+_AKIN = ("DDIM", "DPMSolverV3", "DEIS rho", "DPMSolver 3S", "DPMSolverPP SDE", "UniPC noise", "iPNDM")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in _AKIN)) for name in SAMPLERS])
 def test_gradients_are_finite_differences(name):
     # In weights, noise, the scale of guidance and all times at once.
     both = jax.jit(jax.value_and_grad(lambda v: loss(SAMPLERS[name], *v)))

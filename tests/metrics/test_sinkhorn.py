@@ -269,7 +269,7 @@ def test_the_divergence_is_zero_for_equal_clouds_and_its_gradient_is_exact(rho):
     x, y, a, b = two_clouds(12, 15)
     options = {"rho": rho, "tolerance": 1e-11, "max_iterations": 5000}
     np.testing.assert_allclose(sinkhorn_divergence(x, x, 0.4, a=a, b=a, **options), 0, atol=1e-12)
-    at = lambda x, a: sinkhorn_divergence(x, y, 0.4, a=a, b=b, **options)
+    at = jax.jit(lambda x, a: sinkhorn_divergence(x, y, 0.4, a=a, b=b, **options))
     assert at(x, 2 * a) > 0
     way, tilt = np.random.default_rng(0).normal(size=(2, *x.shape))
     gradient = jax.grad(at, argnums=(0, 1))(x, 2 * a)

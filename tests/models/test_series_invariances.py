@@ -165,7 +165,10 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m in ("no rank promotion", "debug infs", "leaks"))) for m in MODES],
+)
 def test_values_and_gradients_are_the_same_in_every_mode(mode):
     batch = batch_of(*arrays(3), length=LONGEST + 2)
     outputs, gradient = run(MODEL, batch)
