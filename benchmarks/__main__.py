@@ -32,6 +32,7 @@ PARTS = {
     "memory": "6: memory of a long gradient",
     "brownian": "8, 9: diffrax's Brownian path, Milstein beside Euler",
     "adaptive": "10: adaptive ordinary equations",
+    "stiff": "stiff problems: steps beside diffrax, errors and gradients beside Radau",
     "saving": "11: every step saved",
     "adjoints": "6b, 7: memory and time of a gradient through ten thousand steps",
     "compile_time": "12: compile time, persistent cache, import",
