@@ -25,6 +25,8 @@ SCHEDULES = {
     "Cosine": sf.diffusion.Cosine(),
     "EDM": sf.diffusion.EDM(),
     "Flow": sf.diffusion.Flow(),
+    "SubVP": sf.diffusion.SubVP(),
+    "Tabulated": sf.diffusion.Tabulated(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2),
 }
 
 
@@ -151,7 +153,7 @@ def run(options: Options) -> list[Claim]:
             names = [n for _, n in order]
             place = names.index("chosen") + 1
             solver, grid = sf.diffusion.default_sampler(SCHEDULES[name], count)
-            note = f"{solver} on {grid}: error {order[place - 1][0]:.2g}; best " + ", ".join(
+            note = f"{' '.join(str(solver).split())} on {grid}: error {order[place - 1][0]:.2g}; best " + ", ".join(
                 f"{n} {e:.2g}" for e, n in order[:3]
             )
             rows.append(line(f"rank at {count} of {len(order)}", place, (1, len(order) // 10), note))

@@ -69,8 +69,8 @@ def samplers(out: Path, *, seed: int = 2, quick: bool = False) -> Iterator[str]:
     exact, drawn = _drawn(model, noise, 200), _drawn(model, noise, _EVALUATIONS)
     miss = lambda x: float(jnp.sqrt(jnp.mean((x - exact) ** 2))) * (_LEVELS / 2)
     yield (
-        f"Sampling with {_EVALUATIONS} evaluations of the network: `sample` ends {miss(drawn):.2f} levels from where the "
-        f"equation leads (root mean square), DDIM {miss(_drawn(model, noise, _EVALUATIONS, DDIM())):.2f}."
+        f"Sampling with {_EVALUATIONS} evaluations of the network: `sample` ends {miss(drawn):.2f} levels from where "
+        f"the equation leads (root mean square), DDIM {miss(_drawn(model, noise, _EVALUATIONS, DDIM())):.2f}."
     )
     count = 20 if quick else 100
     ours, normal = _bits(model, test[:count], digits, scale, key)

@@ -58,9 +58,11 @@ def default_sampler(schedule: AbstractSchedule, num_steps: int | None, grid: Any
 
 
 def _kind(schedule: AbstractSchedule) -> str:
-    """Whether data is not scaled ("exploding"), or how sigma begins: as t ("straight") or sqrt(t) ("preserving")."""
-    t = np.float64(schedule.t_min if schedule.t_min > 0 else 1e-3 * schedule.t_max)
-    if schedule.log_alpha(t) == 0 and schedule.log_alpha(np.float64(schedule.t_max / 2)) == 0:
+    """Whether data is not scaled ("exploding"), or how much of it half of the time leaves.
+
+    Of flows and cosines as much as there is noise ("straight"), of the rest far less ("preserving").
+    """
+    half = np.float64(schedule.t_max / 2)
+    if schedule.log_alpha(half) == 0:
         return "exploding"
-    slope = float(schedule.log_sigma(2 * t) - schedule.log_sigma(t)) / np.log(2)
-    return "straight" if slope > 0.75 else "preserving"
+    return "straight" if schedule.log_snr(half) > -0.25 else "preserving"

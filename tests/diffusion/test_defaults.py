@@ -11,7 +11,7 @@ from benchmarks.sampler_defaults import Mixture, ranking
 d = sf.diffusion
 
 
-@pytest.mark.parametrize("schedule", [d.VP(), d.EDM(), d.Flow()], ids=["VP", "EDM", "Flow"])
+@pytest.mark.parametrize("schedule", [d.VP(), d.EDM(), d.Flow(), d.Cosine()], ids=["VP", "EDM", "Flow", "Cosine"])
 @pytest.mark.parametrize("count", [5, 10])
 def test_the_defaults_are_among_the_best_tenth(schedule, count):
     problems = [Mixture(schedule, dim, seed, starts=16) for seed, dim in ((201, 2), (202, 4), (203, 8))]
