@@ -219,7 +219,7 @@ class Comparison:
 
         denoiser: Any = sf.diffusion.Denoiser(data, schedule, prediction="data")
         if pair.clip is not None:
-            denoiser = sf.diffusion.Thresholded(denoiser, quantile=pair.clip, sample_ndim=1)
+            denoiser = sf.diffusion.Thresholded(denoiser=denoiser, quantile=pair.clip, sample_ndim=1)
         options: dict[str, Any] = {}
         count = len(times) - 1
         if getattr(pair.solver, "eta", 0) or getattr(pair.solver, "tau", 0):
@@ -242,13 +242,13 @@ class _noise_from:  # noqa: N801
         for name, module in list(sys.modules.items()):
             if name.startswith("diffusers.schedulers.") and hasattr(module, "randn_tensor"):
                 self.kept[name] = module.randn_tensor
-                module.randn_tensor = self.draw
+                vars(module)["randn_tensor"] = self.draw
 
     def __exit__(self, *_: object):
         import sys
 
         for name, old in self.kept.items():
-            sys.modules[name].randn_tensor = old
+            vars(sys.modules[name])["randn_tensor"] = old
 
 
 def run(options: Options) -> list[Claim]:

@@ -123,7 +123,7 @@ def ranking(problems: list[Mixture], evaluations: int, chosen: Any = None) -> li
     for problem in problems:
         schedule = problem.schedule
         for name in sums:
-            if name == "chosen":
+            if name == "chosen" and chosen is not None:
                 solver, grid = chosen(schedule, evaluations)
                 cost = 1
             else:
