@@ -219,7 +219,8 @@ class Comparison:
 
         denoiser: Any = sf.diffusion.Denoiser(data, schedule, prediction="data")
         if pair.clip is not None:
-            denoiser = sf.diffusion.Thresholded(denoiser=denoiser, quantile=pair.clip, sample_ndim=1)
+            whole: Any = sf.diffusion.Thresholded
+            denoiser = whole(denoiser, quantile=pair.clip, sample_ndim=1)
         options: dict[str, Any] = {}
         count = len(times) - 1
         if getattr(pair.solver, "eta", 0) or getattr(pair.solver, "tau", 0):

@@ -48,7 +48,12 @@ def default_sampler(schedule: AbstractSchedule, num_steps: int | None, grid: Any
         count = np.shape(grid.left)[-1]
     few = count < _MANY
     kind = _kind(schedule)
-    best = {"even": "logsnr", "preserving": "quadratic", "straight": "t" if few else "quadratic"}[kind]
+    best = {
+        "exploding": "edm" if few else "logsnr",
+        "even": "logsnr",
+        "preserving": "quadratic",
+        "straight": "t" if few else "quadratic",
+    }[kind]
     if schedule.ends_without_signal or (kind == "straight" and not few):
         # Of data, which is what may start from pure noise.
         solver = UniPC(2 if few else 3, lower_order_final=True)
@@ -61,10 +66,10 @@ def _kind(schedule: AbstractSchedule) -> str:
     """How much of the data half of the time leaves.
 
     As much as there is noise, as in flows and cosines ("straight"); far less ("preserving"); or, as in the tables of
-    latent models, less, or data that is not scaled at all ("even": equal steps in log(alpha / sigma) are best).
+    latent models, less ("even": equal steps in log(alpha / sigma) are best). Or data is not scaled at all ("exploding").
     """
     half = np.float64(schedule.t_max / 2)
     if schedule.log_alpha(half) == 0:
-        return "even"
+        return "exploding"
     middle = schedule.log_snr(half)
     return "straight" if middle > -0.25 else "even" if middle > -0.8 else "preserving"
