@@ -16,6 +16,8 @@ from ._times import check_grid
 
 # From how many steps on the solvers of higher order are better.
 _MANY = 15
+# Up to where Karras' steps are better than equal ones in log(alpha / sigma) where data is not scaled.
+_VERY_FEW = 7
 
 
 def default_sampler(schedule: AbstractSchedule, num_steps: int | None, grid: Any = None) -> tuple[Multistep, Any]:
@@ -49,7 +51,7 @@ def default_sampler(schedule: AbstractSchedule, num_steps: int | None, grid: Any
     few = count < _MANY
     kind = _kind(schedule)
     best = {
-        "exploding": "edm" if few else "logsnr",
+        "exploding": "edm" if count < _VERY_FEW else "logsnr",
         "even": "logsnr",
         "preserving": "quadratic",
         "straight": "t" if few else "quadratic",
@@ -66,7 +68,7 @@ def _kind(schedule: AbstractSchedule) -> str:
     """How much of the data half of the time leaves.
 
     As much as there is noise, as in flows and cosines ("straight"); far less ("preserving"); or, as in the tables of
-    latent models, less ("even": equal steps in log(alpha / sigma) are best). Or data is not scaled at all ("exploding").
+    latent models, less ("even": equal steps in log(alpha / sigma) are best). Or data is never scaled ("exploding").
     """
     half = np.float64(schedule.t_max / 2)
     if schedule.log_alpha(half) == 0:
