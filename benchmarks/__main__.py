@@ -40,6 +40,8 @@ PARTS = {
     "series": "irregular series: a training step beside torchsde and diffrax, accuracy beside the peers",
     "bridges": "Schrödinger bridges: plans that are known, Gaussians, cells of a day held out",
     "diffusion": "diffusion samplers: errors on a mixture of Gaussians, to the digits that are known",
+    "sampler_defaults": "what `sample` chooses by itself, ranked among 124 choices on random mixtures",
+    "diffusers_table": "schedulers of diffusers beside their spelling here: the migration table",
     "diffusion_speed": "samplers beside scans written by hand and diffusers: time, gradients, memory",
     "latent": "latent stochastic equations: bound, bands and noise against a law that is known",
     "fractional": "fractional noise: Hurst index, strong error, bounds, speed",

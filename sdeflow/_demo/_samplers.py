@@ -69,8 +69,8 @@ def samplers(out: Path, *, seed: int = 2, quick: bool = False) -> Iterator[str]:
     exact, drawn = _drawn(model, noise, 200), _drawn(model, noise, _EVALUATIONS)
     miss = lambda x: float(jnp.sqrt(jnp.mean((x - exact) ** 2))) * (_LEVELS / 2)
     yield (
-        f"Sampling with {_EVALUATIONS} evaluations of the network: UniPC ends {miss(drawn):.2f} levels from where the "
-        f"equation leads (root mean square), DDIM {miss(_drawn(model, noise, _EVALUATIONS, DDIM())):.2f}."
+        f"Sampling with {_EVALUATIONS} evaluations of the network: `sample` ends {miss(drawn):.2f} levels from where "
+        f"the equation leads (root mean square), DDIM {miss(_drawn(model, noise, _EVALUATIONS, DDIM())):.2f}."
     )
     count = 20 if quick else 100
     ours, normal = _bits(model, test[:count], digits, scale, key)
@@ -231,7 +231,6 @@ def _misread(model: Any, batch: SamplesBatch, key: PRNGKeyArray, step: Any) -> t
 
 @eqx.filter_jit
 def _drawn(model: AbstractDenoiser, noise: Array, evaluations: int, solver: Any = None) -> Array:
-    solver = UniPC(3) if solver is None else solver
     return jax.vmap(lambda x: sample(model, x, solver=solver, num_steps=evaluations))(noise)
 
 

@@ -5,6 +5,7 @@ and `sample` follows the fast samplers, all of them tables of numbers for one sc
 """
 
 from ._bdia import BDIA as BDIA
+from ._defaults import default_sampler as default_sampler
 from ._denoiser import AbstractDenoiser as AbstractDenoiser
 from ._denoiser import Denoiser as Denoiser
 from ._denoiser import Guided as Guided

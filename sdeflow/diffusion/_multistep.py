@@ -167,7 +167,9 @@ def adams(form: Any, points: Points, order: int, lower_order_final: bool | None,
         corrector: whether every point is corrected once the output there is known.
     """
     lower, clean = lower_order_final, points.noiseless
-    lower = drops_order(points.l, clean) if lower is None else lower
+    if lower is None:
+        # The integral of the noise weighs the far end less, which bears more.
+        lower = drops_order(points.l, clean, 1.5 if getattr(form, "reads", "data") == "noise" else 1.25)
     made = lambda lower, clean: _columns(form, points, order, lower, clean, corrector)
     if isinstance(points.l, np.ndarray):
         return made(lower, clean)
@@ -256,7 +258,7 @@ class Multistep(AbstractSampler):
         eta: the same in the convention of DDIM, for order 1.
         uniform: whether the weights are those of uniform steps (iPNDM).
         lower_order_final: whether the last steps combine fewer outputs; None lets the grid decide: yes where its last
-            step is much longer than the one before, as with equal steps in t, and no where steps are even.
+            step is longer than the one before, as with equal steps in t or sqrt(t), and no where steps are even.
 
     Raises:
         ValueError: for choices that do not exist or do not go together.

@@ -19,6 +19,7 @@ from ..adjoints import DiscreteAdjoint, ReversibleAdjoint
 from ..solving._choose import choose_adjoint
 from ..walking import checkpointed_scan
 from ._bdia import BDIA, lost_digits
+from ._defaults import default_sampler
 from ._denoiser import AbstractDenoiser, Denoiser, check_denoiser
 from ._moves import AbstractConstraint, AbstractCorrector, Moves
 from ._multistep import AbstractSampler, Multistep
@@ -49,9 +50,9 @@ def sample(
     x_T: State,
     *,
     args: Any = None,
-    solver: AbstractSampler,
+    solver: AbstractSampler | None = None,
     num_steps: int | None = None,
-    grid: Any = "logsnr",
+    grid: Any = None,
     t_start: float | None = None,
     t_end: float | None = None,
     key: PRNGKeyArray | None = None,
@@ -73,9 +74,10 @@ def sample(
         x_T: the start, e.g. ``denoiser.schedule.sample_prior(shape, key=key)``; for `BDIA` perhaps a pair, as `invert`
             returns it.
         args: passed on to the denoiser.
-        solver: a sampler, e.g. ``UniPC(3)``.
+        solver: a sampler, e.g. ``UniPC(3)``; by default the one that `default_sampler` names.
         num_steps: how many steps.
-        grid: "logsnr", "t", "quadratic" or "edm", what has equal steps; or a `sdeflow.grids.Grid` of decreasing times.
+        grid: "logsnr", "t", "quadratic" or "edm", what has equal steps, by default "logsnr", and without a solver what
+            `default_sampler` names; or a `sdeflow.grids.Grid` of decreasing times.
             Its times may be traced, and the sample differentiated in them (an end without noise counts as fixed);
             traced times that do not decrease, or are padded, give NaN.
         t_start: where to start, by default the schedule's ``t_max``; later with a state that is known there, as from
@@ -106,9 +108,16 @@ def sample(
         >>> vp = sf.diffusion.VP()
         >>> point = sf.diffusion.Denoiser(lambda t, x, args: 0 * x + 3.0, vp, prediction="data")
         >>> noise = vp.sample_prior((2,), key=jax.random.key(0))
-        >>> sf.diffusion.sample(point, noise, solver=sf.diffusion.UniPC(2), num_steps=5, t_end=0.0).tolist()
+        >>> sf.diffusion.sample(point, noise, num_steps=5, t_end=0.0).tolist()
         [3.0, 3.0]
     """
+    check_denoiser(denoiser)
+    if solver is None:
+        if corrector is not None or constraint is not None:
+            raise ValueError("corrector= and constraint= ask for a sampler of yours: pass solver=, e.g. DDIM(1.0).")
+        solver, chosen = default_sampler(denoiser.schedule, num_steps, grid)
+        grid = chosen if grid is None else grid
+    grid = "logsnr" if grid is None else grid
     x, base = start_of(denoiser, x_T, solver, return_state)
     check_adjoint(adjoint, solver)
     check_unroll(unroll, adjoint)

@@ -160,18 +160,19 @@ def _given(schedule: AbstractSchedule, num_steps: int | None, grid: Grid, t_end:
     return times
 
 
-def drops_order(l: Any, clean: Any = False) -> Any:
+def drops_order(l: Any, clean: Any = False, ratio: float = 1.25) -> Any:
     """Whether the last steps of a multistep sampler should be of lower order on this grid: traced for a traced grid.
 
-    So it is where the last step is much longer in log(alpha / sigma) than the one before, as on a grid with equal steps
-    in t: a polynomial through far nodes would be extrapolated. Not where steps are even.
+    So it is where the last step is longer in log(alpha / sigma) than the one before, as on a grid with equal steps in t
+    or sqrt(t), or a few of Karras': a polynomial through far nodes would be extrapolated. Not where steps are even.
 
     Arguments:
         l: log(alpha / sigma) between steps.
         clean: whether there is no noise at the end, where l is infinite.
+        ratio: how much longer the last step is then.
     """
     if len(l) < 3:
         return False
-    # A little more than 2, so that twice as long is judged alike whatever the rounding.
-    longer = abs(l[-1] - l[-2]) > 2.001 * abs(l[-2] - l[-3])
+    # A little more, so that just as much longer is judged alike whatever the rounding.
+    longer = abs(l[-1] - l[-2]) > (ratio + 1e-3) * abs(l[-2] - l[-3])
     return bool(longer or clean) if isinstance(l, np.ndarray) else longer | clean
