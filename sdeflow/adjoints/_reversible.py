@@ -140,7 +140,10 @@ class ReversibleAdjoint(AbstractWalkAdjoint):
         measure = kind(build, places, freeze(inputs), None, [], every)
         _, defect = measure.run(*zeros(values_def.unflatten(values)))
         y = (y, notes) if isinstance(solver, Charging) else y
-        return Carry(y, state, start.result), eqx.combine(saved, rest), {"defect": defect}
+        taken = start.taken
+        if taken is not None:
+            taken = taken + (rows.length if rows.live is None else rows.live.sum(dtype=taken.dtype))
+        return Carry(y, state, start.result, taken), eqx.combine(saved, rest), {"defect": defect}
 
     def check_solver(self, solver: diffrax.AbstractSolver) -> None:
         """Refuse a solver whose steps it cannot undo."""
