@@ -220,8 +220,11 @@ def finding_roots_with(solver: Any, adjoint: Any) -> Any:
     """The implicit solver, whose stages are differentiated by this adjoint of optimistix.
 
     diffrax has no argument for it. Its step looks ``root_find`` up in the module's ``optx``: here the same step does so
-    in a namespace that names the adjoint too, and diffrax itself stays as it is. A step that is not diffrax's is kept.
+    in a namespace that names the adjoint too, and diffrax itself stays as it is. Steps without roots and those that
+    are not diffrax's are kept.
     """
+    if not isinstance(solver, diffrax.AbstractImplicitSolver):
+        return solver
     cls = type(solver)
     step = getattr(cls, "step", None)
     here = getattr(step, "__globals__", {})

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,11 +75,13 @@ _RUNS = [pytest.param(page, marks=[pytest.mark.slow] * (page.name in _LONG), id=
 
 
 @pytest.mark.parametrize("page", _RUNS)
-def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, request):
     # The blocks of a page are one program, read from the top.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     names: dict[str, object] = {"__name__": "__main__"}
+    before = jax.config.read("jax_enable_x64")
+    request.addfinalizer(lambda: jax.config.update("jax_enable_x64", before))
     for line, block in _blocks(page.read_text(), "python", "py", "pycon"):
         if ">>>" in block:
             _run_session(block, page.name, page, line)

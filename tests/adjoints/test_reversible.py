@@ -527,7 +527,7 @@ def _all_solvers():
         {
             k
             for k in kinds
-            if k.__module__.startswith("diffrax") and not inspect.isabstract(k) and hasattr(dfx, k.__name__)
+            if k.__module__.startswith("diffrax") and not inspect.isabstract(k) and getattr(dfx, k.__name__, None) is k
         },
         key=lambda k: k.__name__,
     )
