@@ -36,6 +36,7 @@ PARTS = {
     "saving": "11: every step saved",
     "adjoints": "6b, 7: memory and time of a gradient through ten thousand steps",
     "compile_time": "12: compile time, persistent cache, import",
+    "first_minute": "first calls: training, a second fit, light_sb, solve, sample",
     "regularisers": "evaluations at prediction after training with regularisers",
     "series": "irregular series: a training step beside torchsde and diffrax, accuracy beside the peers",
     "bridges": "Schrödinger bridges: plans that are known, Gaussians, cells of a day held out",

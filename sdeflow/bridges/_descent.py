@@ -5,7 +5,7 @@ the diagonal, alone or of its lower Cholesky factor.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -25,18 +25,22 @@ class Descent(eqx.Module):
     Arguments:
         epsilon: the variance of the kernel.
         size: what the optimiser's moves are multiplied by.
+        kind: `Full` or `Diagonal`.
         optim: its two functions.
         batch_size: rows of each sample in a step.
     """
 
     epsilon: Array
     size: Array
+    kind: "type[Full] | type[Diagonal]" = eqx.field(static=True)
     optim: tuple[Callable, Callable] = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
+    first: ClassVar[int] = 0
 
-    def start(self, now: Any, x: Array, y: Array) -> tuple[Any, Any]:
-        """Any batch will do."""
-        return now, self.optim[0](now)
+    def start(self, now: Components) -> tuple[Any, Any]:
+        """Before any batch."""
+        learned = self.kind.of(now, self.epsilon)
+        return learned, self.optim[0](learned)
 
     def step(self, state: tuple[Any, Any], x: Array, y: Array, number: Array) -> tuple[tuple[Any, Any], Array]:
         """Move the parameters by a batch; the loss before."""

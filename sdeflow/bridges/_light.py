@@ -131,34 +131,24 @@ def light_sb(
         covariance = "full" if z0.shape[1] <= _FULL else "diagonal"
 
     def learn(clouds: list[Array], weights: list[Any], key: PRNGKeyArray) -> tuple[MixturePotential, Array, Array]:
-        keys = jr.split(jr.fold_in(key, _ORDER))
-        orders = [_order(key, len(z), w) for key, z, w in zip(keys, clouds, weights)]
-        (_, order), (_, target) = orders, clouds
-        centres = target[order[jnp.arange(num_components) % len(order)]]
-        K, d = centres.shape
-        logs = jnp.full(K, -np.log(K), target.dtype)
-        now = Components(logs, centres, jnp.broadcast_to(spread * jnp.eye(d, dtype=target.dtype), (K, d, d)))
-        size = jax.lax.stop_gradient(target.std(axis=0).mean())
-        data, losses = (*clouds, *orders), []
-        if covariance == "full" and optim is None:
+        by_moments = covariance == "full" and optim is None
+        data, now, size = _lay_out(clouds, weights, key, clock.epsilon, num_components, spread, by_moments, optim is None)
+        losses = []
+        updates, batch, rate = steps, batch_size, _RATE
+        if by_moments:
             updates = max(min(steps, _LEAST), steps // _SHARE)
-            stage = Moments(clock.epsilon, updates, 10 * batch_size)
-            now = tiles(*_batch(_PILOT, data, 0), now, clock.epsilon)
-            state, loss = _train(stage, now, data, updates, progress)
+            state, loss = _train(Moments(clock.epsilon, updates, 10 * batch_size), now, data, updates, progress)
             losses.append(loss)
-            learned = Full.of(state.now, clock.epsilon)
+            now = state.now
             updates, batch, rate = -(-steps // 5), 4 * batch_size, _POLISH
-        else:
-            learned = (Full if covariance == "full" else Diagonal).of(now, clock.epsilon)
-            updates, batch, rate = steps, batch_size, _RATE
-        if not losses or d <= _POLISHED:
+        learned: Any = now
+        if not by_moments or clouds[0].shape[1] <= _POLISHED:
             rule = _default(updates, rate) if optim is None else optim
-            moves = size if optim is None else jnp.ones((), target.dtype)
-            stage = Descent(clock.epsilon, moves, (rule.init, rule.update), batch)
-            (learned, _), loss = _train(stage, learned, data, updates, progress)
+            kind = Full if covariance == "full" else Diagonal
+            stage = Descent(clock.epsilon, size, kind, (rule.init, rule.update), batch)
+            (learned, _), loss = _train(stage, now, data, updates, progress)
             losses.append(loss)
-        loss = jnp.concatenate(losses)
-        return learned.potential(clock.epsilon), loss, jnp.isfinite(loss).all()
+        return _potential(learned, losses, clock.epsilon)
 
     potential, losses, finite = learn([z0, z1], weights, key)
     history = {"loss": losses}
@@ -171,8 +161,11 @@ def light_sb(
         back, history["backward_loss"], okay = learn([z1, z0], weights[::-1], jr.fold_in(key, _BACK))
         finite &= okay
     fine: Any = RESULTS.successful
-    result = RESULTS.where(finite, fine, RESULTS.nonfinite_loss)
-    if throw and is_concrete(finite) and not bool(finite):
+    failed = is_concrete(finite) and not bool(finite)
+    result = fine
+    if failed or not is_concrete(finite):
+        result = RESULTS.where(finite, fine, RESULTS.nonfinite_loss)
+    if throw and failed:
         raise SolveError(
             result,
             "The loss of light_sb became infinite or NaN: scale the data, lower the rate of an optim=, or take "
@@ -191,22 +184,60 @@ def _order(key: PRNGKeyArray, n: int, weights: Array | None) -> Array:
     return jr.permutation(for_order, jnp.minimum(jnp.searchsorted(ends, places, side="right"), n - 1))
 
 
+@eqx.filter_jit
+def _lay_out(
+    clouds: list[Array],
+    weights: list[Any],
+    key: PRNGKeyArray,
+    epsilon: Array,
+    num_components: int,
+    spread: float,
+    by_moments: bool,
+    in_units: bool,
+) -> tuple[tuple[Array, ...], Components, Array]:
+    """Both clouds with an order of the rows of each, the first guess, and what an optimiser's moves are multiplied by."""
+    keys = jr.split(jr.fold_in(key, _ORDER))
+    orders = [_order(key, len(z), w) for key, z, w in zip(keys, clouds, weights)]
+    target, order = clouds[1], orders[1]
+    centres = target[order[jnp.arange(num_components) % len(order)]]
+    K, d = centres.shape
+    logs = jnp.full(K, -np.log(K), target.dtype)
+    now = Components(logs, centres, jnp.broadcast_to(spread * jnp.eye(d, dtype=target.dtype), (K, d, d)))
+    data = (*clouds, *orders)
+    if by_moments:
+        now = tiles(*_batch(_PILOT, data, 0), now, epsilon)
+    size = jax.lax.stop_gradient(target.std(axis=0).mean()) if in_units else jnp.ones((), target.dtype)
+    return data, now, size
+
+
+@eqx.filter_jit
+def _potential(
+    learned: Components | Full | Diagonal, losses: list[list[Array]], epsilon: Array
+) -> tuple[MixturePotential, Array, Array]:
+    """The potential, the losses of all stages, and whether these are finite."""
+    if isinstance(learned, Components):
+        learned = Full.of(learned, epsilon)
+    loss = jnp.stack([loss for stage in losses for loss in stage])
+    return learned.potential(epsilon), loss, jnp.isfinite(loss).all()
+
+
 def _train(
     stage: Moments | Descent, now: Any, data: tuple[Array, ...], updates: int, wanted: bool
-) -> tuple[Any, Array]:
+) -> tuple[Any, list[Array]]:
     """The last state of a stage of training, and the mean loss of each chunk of its updates."""
     length = -(-updates // min(_CHUNKS, updates))
-    state, bar, losses = _begin(stage, now, data), make_progress(wanted, updates, 0), []
+    state, bar, losses = _begin(stage, now), make_progress(wanted, updates, 0), []
     try:
         for first in range(0, updates, length):
             last = min(first + length, updates)
-            state, loss = _chunk(stage, state, data, jnp.asarray(first), jnp.asarray(last))
+            start = jnp.asarray(first if first else stage.first)
+            state, loss = _chunk(stage, state, data, start, jnp.asarray(last))
             losses.append(loss)
             if wanted:
                 bar.update(last, float(loss))
     finally:
         bar.close()
-    return state, jnp.stack(losses)
+    return state, losses
 
 
 def _batch(size: int, data: tuple[Array, ...], number: Any) -> tuple[Array, Array]:
@@ -217,21 +248,20 @@ def _batch(size: int, data: tuple[Array, ...], number: Any) -> tuple[Array, Arra
 
 
 @eqx.filter_jit
-def _begin(stage: Moments | Descent, now: Any, data: tuple[Array, ...]) -> Any:
-    with jax.default_matmul_precision("highest"):
-        return stage.start(now, *_batch(stage.batch_size, data, 0))
+def _begin(stage: Moments | Descent, now: Components) -> Any:
+    return stage.start(now)
 
 
 @eqx.filter_jit
 def _chunk(stage: Moments | Descent, state: Any, data: tuple[Array, ...], first: Array, last: Array) -> Any:
     def one(number: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
         state, total = carry
-        state, loss = stage.step(state, *_batch(stage.batch_size, data, number), number)
-        return state, total + loss
+        state, loss = stage.step(state, *_batch(stage.batch_size, data, jnp.maximum(number, 0)), number)
+        return state, total + jnp.where(number < 0, 0, loss)
 
     with jax.default_matmul_precision("highest"):
         state, total = jax.lax.fori_loop(first, last, one, (state, jnp.zeros((), data[0].dtype)))
-    return state, total / (last - first)
+    return state, total / (last - jnp.maximum(first, 0))
 
 
 @functools.lru_cache

@@ -19,7 +19,7 @@ the end as long as what is left of the training. Covariances are drawn towards t
 many imaginary rows as there are dimensions: without that, components of few rows turn into needles.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -66,9 +66,11 @@ def tiles(x: Float[Array, "n d"], y: Float[Array, "m d"], plain: Components, eps
     # The difference of the root and epsilon / 2 without cancellation.
     inner = values / (jnp.sqrt(values + epsilon**2 / 4) + epsilon / 2)
     whole = back @ (turn * inner @ turn.T) @ back
-    (precision, narrow), _ = inverse(jnp.stack([epsilon * whole, c1]))
-    tau = K ** (-1 / d)
-    (covariance,), _ = inverse((precision + (tau**-2 - 1) * narrow)[None])
+    # The inverses have the same eigenvectors, between the roots.
+    across, tau = root @ turn, K ** (-1 / d)
+    precision, narrow = ((across / x) @ across.T for x in (epsilon * inner, values))
+    widened = back @ turn
+    covariance = (widened / (1 / (epsilon * inner) + (tau**-2 - 1) / values)) @ widened.T
     shifted = precision @ (m1 - whole @ m0) - narrow @ m1 + centres @ narrow / tau**2
     r = shifted @ covariance
     logs = ((r * shifted).sum(axis=1) - ((centres @ narrow) * centres).sum(axis=1) / tau**2) / 2
@@ -104,17 +106,21 @@ class Moments(eqx.Module):
     epsilon: Array
     updates: int = eqx.field(static=True)
     batch_size: int = eqx.field(static=True)
+    first: ClassVar[int] = -1
 
-    def start(self, now: Components, x: Array, y: Array) -> _State:
-        """With the first batch."""
-        clouds = self._clouds(now, x, y, jnp.zeros_like(now.centres))
-        return _State(now, *clouds[:2], jnp.ones((), x.dtype))
+    def start(self, now: Components) -> _State:
+        """Before any batch."""
+        none = _Cloud(jnp.zeros_like(now.logs), jnp.zeros_like(now.centres), jnp.zeros_like(now.spread))
+        return _State(now, none, none, jnp.ones_like(now.logs[0]))
 
     def step(self, state: _State, x: Array, y: Array, number: Array) -> tuple[_State, Array]:
-        """Move the components by a batch; the loss before."""
+        """Move the components by a batch; the loss before.
+
+        Step -1 only looks at its batch.
+        """
         new_x, new_y, loss = self._clouds(state.now, x, y, state.x.mean)
         late = jnp.maximum(number - int(_SETTLE * self.updates), 0)
-        share = (1 / (jnp.minimum(number + 2, _WINDOW) + late)).astype(x.dtype)
+        share = (1 / jnp.maximum(jnp.minimum(number + 2, _WINDOW) + late, 1)).astype(x.dtype)
         batches = 1 / ((1 - share) ** 2 / state.batches + share**2)
         clouds = _mix(state.x, new_x, share), _mix(state.y, new_y, share)
         moved = _moved(state.now, *clouds, self.epsilon, batches * self.batch_size)
@@ -176,8 +182,8 @@ def _least(covariance: Array, epsilon: Array) -> Array:
 def _moved(now: Components, x: _Cloud, y: _Cloud, epsilon: Array, rows: Array) -> Components:
     """The minimum of the bound."""
     on = lambda matrix, vector: jnp.einsum("kde,ke->kd", matrix, vector)
-    precision, x_log_determinant = inverse(_steadied(x, rows, epsilon))
-    y_precision, _ = inverse(_steadied(y, rows, epsilon))
+    both = jnp.concatenate([_steadied(cloud, rows, epsilon) for cloud in (x, y)])
+    (precision, y_precision), (x_log_determinant, _) = (jnp.split(part, 2) for part in inverse(both))
     before, h = precision + now.spread / epsilon, on(precision, x.mean) - now.centres / epsilon
     inside, _ = inverse(before)
     spread, _ = inverse(epsilon * y_precision + inside / epsilon)

@@ -20,7 +20,7 @@ Description = list[tuple[str, str]]
 
 # These packages move their private modules between releases, and their functions change by version, not by
 # hand.
-_LIBRARIES = {"jax", "jaxlib", "equinox", "diffrax", "optax", "numpy", "lineax", "optimistix", "sdeflow"}
+LIBRARIES = {"jax", "jaxlib", "equinox", "diffrax", "optax", "numpy", "lineax", "optimistix", "sdeflow"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -112,7 +112,7 @@ def _function(x: Any, path: str, out: Description, below: Any, code: Any) -> Non
     inner = getattr(inner, "__func__", inner)
     own = getattr(inner, "__code__", None)
     local = "<lambda>" in name or "<locals>" in name
-    if (code == "all" or (code and local)) and own is not None and name.split(".")[0] not in _LIBRARIES:
+    if (code == "all" or (code and local)) and own is not None and name.split(".")[0] not in LIBRARIES:
         name = f"{name} with code {_code_digest(own, getattr(inner, '__doc__', None))}"
     out.append((path, name))
     if owner is not None and not isinstance(owner, types.ModuleType):
@@ -134,7 +134,7 @@ def _name(x: Any) -> str:
     root = module.split(".")[0]
     if root == "builtins":
         return name
-    return f"{root}.{name}" if root in _LIBRARIES else f"{module}.{name}"
+    return f"{root}.{name}" if root in LIBRARIES else f"{module}.{name}"
 
 
 def _code_digest(code: types.CodeType, doc: str | None = None) -> str:

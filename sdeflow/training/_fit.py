@@ -20,6 +20,7 @@ from ._file import check_writable, locate
 from ._interrupts import Interrupts
 from ._loop import Loop, Plan
 from ._progress import make_progress
+from ._recognise import recognised
 from ._result import Event, FitResult
 from ._saving import is_torn, save, take_up
 from ._step import start
@@ -116,8 +117,8 @@ def fit(
     steps = _count("steps", steps, least=0)
     batch_size = _count("batch_size", batch_size)
     skip_nonfinite = _count("skip_nonfinite", skip_nonfinite, least=0)
-    optim = _check_optim(optim)
-    loss = _check_loss(loss)
+    optim = recognised(optim, _check_optim)
+    loss = recognised(loss, _check_loss)
     _check_model(model)
     _check_key(key)
     if resume not in ("same", "anyway"):
