@@ -173,7 +173,9 @@ def _solving(options: Options) -> Claim:
     length = (schedule.t_min - schedule.t_max) / 10
 
     def flow_with_diffrax() -> Any:
-        solve = lambda x: diffrax.diffeqsolve(flow.terms(), diffrax.Heun(), schedule.t_max, schedule.t_min, length, x).ys
+        solve = lambda x: (
+            diffrax.diffeqsolve(flow.terms(), diffrax.Heun(), schedule.t_max, schedule.t_min, length, x).ys
+        )
         return eqx.filter_jit(solve)(y0)
 
     sample = lambda: eqx.filter_jit(lambda x: sf.diffusion.sample(denoiser, x, num_steps=10))(y0)

@@ -132,7 +132,9 @@ def light_sb(
 
     def learn(clouds: list[Array], weights: list[Any], key: PRNGKeyArray) -> tuple[MixturePotential, Array, Array]:
         by_moments = covariance == "full" and optim is None
-        data, now, size = _lay_out(clouds, weights, key, clock.epsilon, num_components, spread, by_moments, optim is None)
+        data, now, size = _lay_out(
+            clouds, weights, key, clock.epsilon, num_components, spread, by_moments, optim is None
+        )
         losses = []
         updates, batch, rate = steps, batch_size, _RATE
         if by_moments:
@@ -195,7 +197,7 @@ def _lay_out(
     by_moments: bool,
     in_units: bool,
 ) -> tuple[tuple[Array, ...], Components, Array]:
-    """Both clouds with an order of the rows of each, the first guess, and what an optimiser's moves are multiplied by."""
+    """Both clouds, an order of the rows of each, the first guess, and what an optimiser's moves are multiplied by."""
     keys = jr.split(jr.fold_in(key, _ORDER))
     orders = [_order(key, len(z), w) for key, z, w in zip(keys, clouds, weights)]
     target, order = clouds[1], orders[1]
