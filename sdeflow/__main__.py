@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -43,12 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         demo.error(f"--{next(iter(given))} goes with --job bridges.")
     if given and "data" not in given:
         demo.error(f"--{next(iter(given))} says what is in a file; name the file, --data.")
+    keep_programs()
     try:
         for line in _demo.JOBS[chosen.job](chosen.out, seed=chosen.seed, quick=chosen.quick, **given):
             print(line, flush=True)
     except _demo.InputError as error:
         demo.exit(2, f"{error}\n")
     return 0
+
+
+def keep_programs() -> None:
+    """Keep compiled programs on disk for the next process, unless a place for them, or none, has been chosen."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdeflow"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def info() -> int:

@@ -2,7 +2,7 @@
 
 optax's transformations and schedules are closures, which compare by identity: ``optax.adam(1e-3)`` made twice is two
 functions to ``jax.jit``, and compiles twice. Here an object is read down to what its behaviour follows from: byte code,
-what functions close over, defaults, the globals that a function of the user names, fields, numbers and arrays. Equal ones
+what functions close over, defaults, globals that functions of the user name, fields, numbers and arrays. Equal ones
 get the object that was seen first. Whatever is not understood keeps its own identity: a program is compiled anew rather
 than used for another optimiser.
 """
