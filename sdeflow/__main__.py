@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def keep_programs() -> None:
     """Keep compiled programs on disk for the next process, unless a place for them, or none, has been chosen."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdeflow"
     try:

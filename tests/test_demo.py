@@ -30,13 +30,13 @@ def test_a_quick_demo_scores_the_test_set_and_leaves_a_figure(tmp_path, capsys):
 def test_the_demos_keep_compiled_programs_where_nobody_chose_a_place(chosen, tmp_path, monkeypatch, request):
     names = [f"jax_{name}" for name in ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")]
     names.append("jax_persistent_cache_min_entry_size_bytes")
-    before = {name: getattr(jax.config, name) for name in names}
+    before = {name: jax.config.values[name] for name in names}
     request.addfinalizer(lambda: [jax.config.update(*item) for item in before.items()])
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", "elsewhere" if chosen else None)
     command.keep_programs()
-    assert jax.config.jax_compilation_cache_dir == ("elsewhere" if chosen else str(tmp_path / "sdeflow"))
+    assert jax.config.values["jax_compilation_cache_dir"] == ("elsewhere" if chosen else str(tmp_path / "sdeflow"))
     assert (tmp_path / "sdeflow").exists() is not chosen
 
 
