@@ -44,6 +44,7 @@ def fit(
     checkpoint: str | Path | None = None,
     progress: bool = True,
     validate_every: int | None = None,
+    validate_at: int = 10**9,
     checkpoint_every: int | None = None,
     skip_nonfinite: int = 0,
     resume: Literal["same", "anyway"] = "same",
@@ -68,7 +69,7 @@ def fit(
         batch_size: passed on to ``data.batches``.
         key: one PRNG key.
         validation: data like ``data``, scored with the same loss, in inference mode, always with the same
-            keys and with the weights that the loss has at the last step. A score is the mean over batches,
+            keys and with the weights that the loss has at step ``validate_at``. A score is the mean over batches,
             each weighted by the sum of its ``weight`` (by its rows if it has none; arrays of one length that
             all batches share, such as a grid of times, are no rows). A score that is not finite is warned of,
             and is neither the best nor counted by ``patience``; if none is finite, the result says so.
@@ -80,6 +81,8 @@ def fit(
             part="best")`` (or "last").
         progress: a tqdm bar (or lines where tqdm is missing) on stderr.
         validate_every: steps between evaluations; once an epoch if None, and always after the last step.
+        validate_at: the step whose weights the validation loss has, where weights follow a schedule. By default one by
+            which schedules have ended, so that all evaluations can be compared, those of an extended run too.
         checkpoint_every: steps between saves; a tenth of ``steps`` if None, but at most 1000.
         skip_nonfinite: how many nonfinite steps in a row to skip before giving up.
         resume: "same" refuses a checkpoint of another run: other data (by their ``fingerprint()``, else by their first
@@ -148,6 +151,7 @@ def fit(
         path,
         max(1, min(1000, steps // 10)) if checkpoint_every is None else _count("checkpoint_every", checkpoint_every),
         None if validate_every is None else _count("validate_every", validate_every),
+        _count("validate_at", validate_at, least=0),
         resume,
     )
     fixed, state = start(model, loss, optim, key_loss, skip_nonfinite)

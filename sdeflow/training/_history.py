@@ -33,6 +33,12 @@ class History:
         """Record one evaluation, made after step ``step``."""
         self._add(_VALIDATION, step, loss, metrics)
 
+    def drop_last_validation(self) -> None:
+        """Forget the last evaluation."""
+        for name, column in self._columns.items():
+            if name.startswith(_VALIDATION) and column:
+                column.pop()
+
     def arrays(self, before: int | None = None) -> dict[str, np.ndarray]:
         """All columns, float64 but for the int64 steps; only the rows of steps ``< before`` if given."""
         out = {}

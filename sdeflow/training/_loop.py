@@ -20,7 +20,7 @@ from ._interrupts import Interrupts
 from ._progress import Progress
 from ._result import Event
 from ._rows import field
-from ._saving import save
+from ._saving import Standing, save
 from ._step import Fixed, TrainState, batch_size, batch_weights, evaluate, fresh, to_arrays, train_step
 
 # How many steps may be under way before the host waits for the oldest; so also how late a nonfinite loss is
@@ -44,6 +44,7 @@ class Plan:
     checkpoint: Path | None
     checkpoint_every: int
     validate_every: int | None
+    validate_at: int
     resume: str = "same"
 
 
@@ -80,6 +81,8 @@ class Loop:
         self.best: PyTree = None
         self.best_value, self.best_step, self.stale = math.inf, None, 0
         self.validated_step = -1
+        # What these were before the evaluation after the last step, which a longer run would not make there.
+        self.before_last: Standing | None = None
         self.stop = ""
         self.failure: _Ahead | None = None
         self.saved: tuple[int, ...] | None = None
@@ -105,6 +108,7 @@ class Loop:
                 self._end_epoch()
         self.drain()
         if plan.validation is not None and self.failure is None and self.step and self._unvalidated():
+            self.before_last = Standing(self.best, self.best_value, self.best_step, self.stale, self.validated_step)
             self.validate()
 
     def mark(self) -> tuple[int, ...]:
@@ -227,8 +231,7 @@ class Loop:
 
     def _score_validation(self) -> tuple[float, dict[str, float]]:
         plan = self.plan
-        # Weights that depend on the step are those of the last one, so that evaluations can be compared.
-        step = jnp.asarray(plan.steps - 1, jnp.int32)
+        step = jnp.asarray(plan.validate_at, jnp.int32)
         scores, sizes = [], []
         with warnings.catch_warnings():
             # Less validation data than one batch is no mistake.

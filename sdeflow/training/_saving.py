@@ -6,13 +6,14 @@ import itertools
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
 from .._compat import SdeflowWarning
 from ._checkpoint import contents, rebuild, versions
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
     from ._loop import Loop
 
 _AFRESH = "To start afresh, delete the file and its .prev, or give another `checkpoint=`."
+
+
+class Standing(NamedTuple):
+    """The best parameters, their score and step, evaluations since, and the last step that was evaluated."""
+
+    best: PyTree
+    best_value: float
+    best_step: int | None
+    stale: int
+    validated_step: int
 
 
 def save(loop: "Loop") -> None:
@@ -41,14 +52,15 @@ def save(loop: "Loop") -> None:
     }
     if loop.best is not None:
         tree["best"] = eqx.combine(loop.best, loop.untrained)
+    before = loop.before_last
+    if before is not None and before.best is not None:
+        tree["best_before_last"] = eqx.combine(before.best, loop.untrained)
     meta = {
         "step": loop.step,
         "epoch": loop.epoch,
         "position": loop.position,
-        "best_value": loop.best_value if loop.best is not None else None,
-        "best_step": loop.best_step,
-        "stale": loop.stale,
-        "validated_step": loop.validated_step,
+        **_standing(loop),
+        "before_last": None if before is None else _standing(before),
         "run": loop.identity,
     }
     try:
@@ -63,6 +75,11 @@ def save(loop: "Loop") -> None:
         )
     else:
         loop.saved, loop.save_error, loop.keep_previous = loop.mark(), None, True
+
+
+def _standing(of: "Loop | Standing") -> dict[str, Any]:
+    value = of.best_value if of.best is not None else None
+    return {"best_value": value, "best_step": of.best_step, "stale": of.stale, "validated_step": of.validated_step}
 
 
 def take_up(loop: "Loop") -> None:
@@ -94,14 +111,14 @@ def take_up(loop: "Loop") -> None:
     try:
         model = rebuild(header, arrays, model, path, "last")
         optimiser = rebuild(header, arrays, optimiser, path, "optimiser")
-        best = None if meta["best_step"] is None else rebuild(header, arrays, model, path, "best")
+        standing = _read_standing(meta, header, arrays, model, path, "best")
+        before = meta.get("before_last") and _read_standing(
+            meta["before_last"], header, arrays, model, path, "best_before_last"
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_AFRESH}") from None
     if loop.plan.resume != "anyway":
         _compare(meta["run"], leaves, header["versions"], path)
-    if best is not None:
-        loop.best = fresh(eqx.filter(best, eqx.is_inexact_array))
-        loop.best_value, loop.best_step = meta["best_value"], meta["best_step"]
     # The leaves that are not trained stay those of the caller; unless resumed anyway, they are equal to the file's.
     params = fresh(eqx.filter(model, eqx.is_inexact_array))
     opt_state, opt_static = eqx.partition(fresh(optimiser), eqx.is_array)
@@ -111,9 +128,25 @@ def take_up(loop: "Loop") -> None:
     start = "['history']["
     loop.history = History({ast.literal_eval(n[len(start) : -1]): a for n, a in arrays.items() if n.startswith(start)})
     loop.step, loop.epoch, loop.position = meta["step"], meta["epoch"], meta["position"]
-    loop.stale, loop.validated_step = meta["stale"], meta["validated_step"]
+    if before is not None and loop.step < loop.plan.steps:
+        # A run that goes on does not make the evaluation that followed the last step of a shorter one.
+        loop.history.drop_last_validation()
+        standing, before = before, None
+    loop.before_last = before
+    if standing.best is not None:
+        loop.best, loop.best_value, loop.best_step = standing[:3]
+    loop.stale, loop.validated_step = standing.stale, standing.validated_step
     loop.saved = loop.mark() if good else None
     loop.keep_previous = good  # a damaged file must not take the place of the good one before it
+
+
+def _read_standing(
+    meta: dict[str, Any], header: dict[str, Any], arrays: dict[str, Any], model: PyTree, path: Path, part: str
+) -> Standing:
+    best = None
+    if meta["best_step"] is not None:
+        best = fresh(eqx.filter(rebuild(header, arrays, model, path, part), eqx.is_inexact_array))
+    return Standing(best, meta["best_value"], meta["best_step"], meta["stale"], meta["validated_step"])
 
 
 def _identity(loop: "Loop") -> dict[str, Any]:
@@ -124,6 +157,7 @@ def _identity(loop: "Loop") -> dict[str, Any]:
     return {
         "batch_size": plan.batch_size,
         "validate_every": plan.validate_every,
+        "validate_at": plan.validate_at,
         "key": np.asarray(jax.random.key_data(plan.key) if typed else plan.key).tolist(),
         "key implementation": str(jax.random.key_impl(plan.key)) if typed else "raw",
         "data": _fingerprint(plan.data, plan.batch_size, jax.random.fold_in(plan.key_data, 0)),

@@ -223,15 +223,26 @@ def test_validation_is_once_an_epoch_and_after_the_last_step():
     assert run(validation=Rows(5, seed=1), steps=6).history["validation_step"].tolist() == [2, 5]
 
 
-def test_evaluations_share_their_keys_and_the_weights_of_the_last_step():
+def test_evaluations_share_their_keys_and_the_weights_of_one_step():
     def loss(w, batch, key, step):
         return w * 0.0 + step + jr.normal(key), {"draw": jr.normal(key)}
 
-    found = run(jnp.zeros(()), loss=loss, validation=Rows(5), validate_every=2, steps=8)
+    found = run(jnp.zeros(()), loss=loss, validation=Rows(5), validate_every=2, validate_at=7, steps=8)
     for name in ("validation_loss", "validation_draw"):
         assert len(set(found.history[name].tolist())) == 1
     assert abs(found.history["validation_loss"][0] - found.history["validation_draw"][0] - 7) < 1e-5
     assert len(set(found.history["draw"].tolist())) == 8
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_schedules_have_ended_where_validation_looks(steps):
+    weight = optax.linear_schedule(0.0, 3.0, 1000)
+
+    def loss(w, batch, key, step):
+        return weight(step) * (1.0 + 0.0 * w), {}
+
+    found = run(jnp.zeros(()), loss=loss, validation=Rows(5), steps=steps)
+    np.testing.assert_allclose(found.history["validation_loss"], 3.0, rtol=1e-6)
 
 
 def test_dropout_is_off_in_validation():

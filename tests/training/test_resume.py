@@ -199,6 +199,24 @@ def test_a_finished_run_is_read_back_and_may_be_extended(tmp_path):
         run(checkpoint=path)
 
 
+@pytest.mark.parametrize("options", [{}, {"validate_every": 4}, {"patience": 3}])
+def test_a_run_extended_at_any_step_is_the_whole_one(tmp_path, options):
+    weight = optax.linear_schedule(0.0, 1.0, 20)
+
+    def loss(model, batch, key, step):
+        value, metrics = squares(model, batch, key, step)
+        return weight(step) * value, metrics
+
+    options = {"loss": loss, "validation": Rows(5, seed=1), "optim": optax.adam(0.1), **options}
+    wanted = whole(steps=20, **options)
+    for first in range(1, 20):
+        path = tmp_path / f"{first}"
+        ended = run(checkpoint=path, steps=first, **options)
+        assert ended.history["validation_step"][-1] == ended.num_steps - 1
+        assert same(run(checkpoint=path, steps=first, **options), ended)
+        assert same(run(checkpoint=path, steps=20, **options), wanted)
+
+
 def test_the_best_and_the_last_model_can_be_read_without_fit(tmp_path):
     path = tmp_path / "c"
     found = run(checkpoint=path, validation=Rows(5, seed=1), optim=optax.sgd(-1e-2))  # it gets worse and worse
