@@ -245,6 +245,20 @@ def test_schedules_have_ended_where_validation_looks(steps):
     np.testing.assert_allclose(found.history["validation_loss"], 3.0, rtol=1e-6)
 
 
+def test_running_statistics_are_refused_by_name_and_may_be_closed_over():
+    layers = eqx.nn.make_with_state(lambda key: eqx.nn.BatchNorm(3, "batch", mode="batch"))
+    model, state = layers(jr.key(0))
+    with pytest.raises(ValueError, match=r"an equinox.nn.State \(at \[1\]\).* LayerNorm"):
+        run((model, state), loss=lambda m, batch, key, step: (jnp.sum(m[0].weight), {}))
+
+    def loss(model, batch, key, step):
+        normalise = jax.vmap(eqx.nn.inference_mode(model), axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        return jnp.mean((normalise(batch.x, state)[0] - 1.0) ** 2), {}
+
+    found = run(model, loss=loss, steps=3)
+    assert np.isfinite(found.history["loss"]).all()
+
+
 def test_dropout_is_off_in_validation():
     layers = eqx.nn.Sequential([eqx.nn.Linear(3, 1, key=jr.key(0)), eqx.nn.Dropout(0.5)])
 
