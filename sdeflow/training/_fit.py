@@ -269,7 +269,7 @@ def _check_model(model: PyTree) -> None:
             raise ValueError(
                 f"The model holds an equinox.nn.State (at {jtu.keystr(path) or 'its root'}), which a loss cannot hand "
                 "back: its running statistics would stay as they are, but for weight decay. Use layers without state, "
-                "such as equinox.nn.LayerNorm or GroupNorm; to keep a trained state as it is, close over it in the loss."
+                "such as equinox.nn.LayerNorm; to keep a trained state as it is, close over it in the loss."
             )
     leaves = [(jtu.keystr(path) or "the model", leaf) for path, leaf in jtu.tree_leaves_with_path(model)]
     trained = [(name, leaf) for name, leaf in leaves if eqx.is_inexact_array(leaf)]

@@ -248,7 +248,7 @@ def test_schedules_have_ended_where_validation_looks(steps):
 def test_running_statistics_are_refused_by_name_and_may_be_closed_over():
     layers = eqx.nn.make_with_state(lambda key: eqx.nn.BatchNorm(3, "batch", mode="batch"))
     model, state = layers(jr.key(0))
-    with pytest.raises(ValueError, match=r"an equinox.nn.State \(at \[1\]\).* LayerNorm"):
+    with pytest.raises(ValueError, match=r"an equinox.nn.State \(at \[1\]\).*LayerNorm"):
         run((model, state), loss=lambda m, batch, key, step: (jnp.sum(m[0].weight), {}))
 
     def loss(model, batch, key, step):
