@@ -6,6 +6,7 @@ derivative: those of a failed solve are NaN too.
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -33,9 +34,13 @@ def last_finite(ts: Array, y0: PyTree, ys: PyTree | None, final: PyTree, reached
 
 
 def void_failed(
-    result: Any, ts: Array, reached: Array, ys: PyTree, final: PyTree, last: PyTree, penalties: PyTree
+    result: Any, ts: Array, reached: Array, ys: PyTree, final: PyTree, last: PyTree, penalties: PyTree, inputs: PyTree
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-    """States, final and last state, and penalties, without the numbers and derivatives of a solve that failed."""
+    """States, final and last state, and penalties, without the numbers and derivatives of a solve that failed.
+
+    Arguments:
+        inputs: what to have no derivative in either; in a solve that failed in its first step nothing depends on it.
+    """
     # Both say what is wrong with something else than the states.
     apart = (result == RESULTS.record_overflow) | (result == RESULTS.degenerate_diffusion)
     okay = is_okay(result) | apart
@@ -44,27 +49,44 @@ def void_failed(
     slack = 1e-3 * jnp.where(gap > 0, gap, jnp.inf).min(initial=jnp.inf)
     seen = okay | ((ts - reached) * sign <= jnp.where(jnp.isfinite(slack), slack, 0))
     seen, okay = freeze((seen, okay))
+    tie = _tie(okay, jtu.tree_leaves(eqx.filter(inputs, eqx.is_inexact_array)))
 
     def rows(x: Array) -> Array:
-        return _void(x, seen.reshape(-1, *(1,) * (x.ndim - 1)), okay)
+        return _void(x, tie, seen.reshape(-1, *(1,) * (x.ndim - 1)), okay)
 
-    whole = lambda x: _void(x, okay, okay)
-    keep = lambda x: _void(x, jnp.array(True), okay)
+    whole = lambda x: _void(x, tie, okay, okay)
+    keep = lambda x: _void(x, tie, jnp.array(True), okay)
     return jtu.tree_map(rows, ys), jtu.tree_map(whole, final), jtu.tree_map(keep, last), jtu.tree_map(whole, penalties)
 
 
-def _void(x: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:
+def _void(x: Array, tie: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.inexact):
-        return _blanked(x, seen, okay)
+        return _blanked(x, jnp.broadcast_to(tie.astype(x.dtype), x.shape), seen, okay)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jnp.where(seen, x, jnp.iinfo(x.dtype).max)
     return x
 
 
 @jax.custom_jvp
-def _blanked(x: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:
+def _tie(okay: Bool[Array, ""], inputs: list[Array]) -> Array:
+    """Nought, whose derivative in all inputs is one unless all is okay."""
+    # Mapped wherever one of them is: JAX wants a value and its derivative to be mapped alike.
+    mapped = okay.astype(jnp.int32) + sum((x.reshape(-1)[:1] != 0).sum() for x in inputs)
+    return (0 * mapped).astype(float)
+
+
+@_tie.defjvp
+def _tied(primals: Any, tangents: Any) -> Any:
+    out = _tie(*primals)
+    total = sum((jnp.real(t).sum().astype(out.dtype) for t in tangents[1]), jnp.zeros_like(out))
+    return out, jnp.where(primals[0], 0, total)
+
+
+@jax.custom_jvp
+def _blanked(x: Array, tie: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:
     """``x`` where it was seen, and NaN elsewhere; its derivatives are NaN everywhere unless all is okay."""
+    del tie, okay
     return jnp.where(seen, x, jnp.asarray(jnp.nan, x.dtype))
 
 
@@ -75,11 +97,11 @@ def _tangent(primals: Any, tangents: Any) -> Any:
     Past the largest number all but zero is infinite, and infinity less infinity NaN: in the first difference for a
     cotangent, in the second for a tangent.
     """
-    x, seen, okay = primals
-    t = tangents[0]
+    x, _, _, okay = primals
+    t = tangents[0] + tangents[1]
     past = jnp.where(okay, 1, jnp.finfo(x.dtype).max).astype(x.dtype)
     beyond = lambda a: a * past * past * past
-    return _blanked(x, seen, okay), t + beyond(t - t) + (beyond(t) - beyond(t))
+    return _blanked(*primals), t + beyond(t - t) + (beyond(t) - beyond(t))
 
 
 def _finite(tree: PyTree, axes: int) -> Bool[Array, "..."]:

@@ -346,21 +346,24 @@ def _run(
 
     setting = Setting(terms, y0, solver, controller, adjoint, save_fn, event, walks)
     out, penalties = charged(go, setting, regularisers, ts, args, key)
-    return _finished(ts, y0, out, penalties, good, choices, save_fn is None)
+    return _finished(ts, y0, out, penalties, good, choices, save_fn is None, (equation, args))
 
 
-def _finished(ts: Any, y0: Any, out: Outcome, penalties: Any, good: Any, choices: Any, bare: bool) -> Solution:
+def _finished(
+    ts: Any, y0: Any, out: Outcome, penalties: Any, good: Any, choices: Any, bare: bool, inputs: Any = ()
+) -> Solution:
     """The solution, with what its last state and its traced times say of the result.
 
     Arguments:
         bare: whether ``ys`` are the states.
+        inputs: what a solve that failed has no derivative in, beside ``y0``.
     """
     ys, final, stats = out.ys, out.final, out.stats
     result = with_finite_check(out.result, final)
     if good is not None:
         result = RESULTS.where(good, result, RESULTS.bad_times)
     last, reached = last_finite(ts, y0, ys if bare else None, final, stats["time_reached"])
-    ys, final, last, penalties = void_failed(result, ts, reached, ys, final, last, penalties)
+    ys, final, last, penalties = void_failed(result, ts, reached, ys, final, last, penalties, (inputs, y0))
     if good is not None:
         ys, final, last, penalties, reached = blank_unless(good, (ys, final, last, penalties, reached))
     return Solution(ts, ys, final, {**stats, "time_reached": reached}, penalties, result, choices, last)

@@ -242,7 +242,7 @@ def _rootless(throw, solver=None):
     )  # fmt: skip
 
 
-def test_a_step_without_a_root_freezes_the_path_and_is_reported():
+def test_a_step_without_a_root_ends_the_path_and_is_reported():
     # Newton's method finds every root that there is.
     sol = _rootless(throw=False, solver=dfx.ImplicitEuler(root_finder=optx.Newton(1e-9, 1e-9, norm=optx.rms_norm)))
     assert not sf.is_okay(sol.result)
@@ -255,8 +255,10 @@ def test_a_step_without_a_root_freezes_the_path_and_is_reported():
         roots.append(b)
     assert 1 < len(roots) < 7
     np.testing.assert_allclose(ys[: len(roots)], roots, rtol=1e-5)
-    assert (ys[len(roots) :] == ys[len(roots) - 1]).all(), "after the failure the path stays where it was"
-    assert sol.final == ys[-1]
+    assert np.isnan(ys[len(roots) :]).all()
+    assert np.isnan(sol.final)
+    assert sol.last == ys[len(roots) - 1]
+    np.testing.assert_allclose(sol.stats["time_reached"], (len(roots) - 1) / 2)
     with pytest.raises(sf.SolveError, match="(?i)nonlinear"):
         _rootless(throw=True)
 
@@ -299,27 +301,30 @@ def _root(c, b):
     return (1 - jnp.sqrt(1 - 2 * c * (b + c / 2))) / c
 
 
-def test_the_gradient_of_a_frozen_path_is_that_of_its_last_good_state():
+@pytest.mark.parametrize("what", ["final", "last"])
+def test_a_path_that_ended_early_keeps_its_last_state_and_has_no_gradient(what):
     # With this rate the first step has a root and the next has none.
-    final = lambda c: (lambda sol: (sol.final, sf.is_okay(sol.result)))(_rate_of(c))
-    (value, okay), grad = jax.jit(jax.value_and_grad(final, has_aux=True))(jnp.array(0.75))
-    exact = lambda c: _root(c, 0.2)
+    solved = lambda c: (lambda sol: (getattr(sol, what), (sol.last, sf.is_okay(sol.result))))(_rate_of(c))
+    (_, (last, okay)), grad = jax.jit(jax.value_and_grad(solved, has_aux=True))(jnp.array(0.75))
     assert not okay
-    np.testing.assert_allclose(value, exact(0.75), rtol=1e-10)
-    np.testing.assert_allclose(grad, jax.grad(exact)(0.75), rtol=1e-9)
+    np.testing.assert_allclose(last, _root(0.75, 0.2), rtol=1e-10)
+    assert np.isnan(grad)
 
 
-def test_in_a_batch_a_frozen_path_has_its_own_gradient_and_harms_no_other():
+def test_in_a_batch_a_path_that_ended_early_harms_no_other():
     rates = jnp.array([0.1, 0.75, 0.3, 3.0])
-    total = lambda c: (lambda sol: (sol.final.sum(), (sol.final, sf.is_okay(sol.result))))(jax.vmap(_rate_of)(c))
-    (_, (finals, okay)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(rates)
+    total = lambda c: (lambda sol: (sol.final.sum(), sol))(jax.vmap(_rate_of)(c))
+    (_, sol), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(rates)
+    okay = np.asarray(sf.is_okay(sol.result))
     assert okay.tolist() == [True, False, True, False]
+    assert np.isnan(np.asarray(sol.final)[~okay]).all()
+    assert np.isnan(np.asarray(grads)[~okay]).all()
     # Two roots, one, two, and none at all.
     twice = lambda c: _root(c, _root(c, 0.2))
     exact = [twice, lambda c: _root(c, 0.2), twice, lambda c: 0.2 + 0 * c]
-    for i, f in enumerate(exact):
-        np.testing.assert_allclose(finals[i], f(rates[i]), rtol=1e-9)
-        np.testing.assert_allclose(grads[i], jax.grad(f)(rates[i]), rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(sol.last, [f(c) for f, c in zip(exact, rates)], rtol=1e-9)
+    for i in np.flatnonzero(okay):
+        np.testing.assert_allclose(grads[i], jax.grad(exact[i])(rates[i]), rtol=1e-8, atol=1e-12)
 
 
 @functools.cache
