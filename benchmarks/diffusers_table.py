@@ -176,7 +176,7 @@ class Comparison:
             return torch.from_numpy(draws[-1]).reshape(shape)
 
         x = torch.from_numpy(self.x * (float(scheduler.init_noise_sigma) if pair.sigma_space else 1.0))[..., None]
-        with _noise_from(drawn):
+        with noise_from(drawn):
             for i, t in enumerate(scheduler.timesteps):
                 ratio = (
                     np.log(float(scheduler.sigmas[i])) if karras else np.interp(float(t), np.arange(1000), log_ratios)
@@ -204,7 +204,8 @@ class Comparison:
             start = self.x * float(scheduler.init_noise_sigma) * float(np.exp(schedule.log_alpha(times[0])))
         return self._ours(pair, schedule, times, start, draws, theirs)
 
-    def _ours(self, pair: Pair, schedule: Any, times: Any, start: Any, draws: Any, theirs: np.ndarray) -> float:
+    def denoiser(self, schedule: Any, change: Callable[..., Any] = lambda t, x, data: data) -> Any:
+        """The exact one for ours; ``change(t, x, data)`` may make another prediction of it."""
         mixture = self.mixture
         w, means, variances = (jnp.asarray(a) for a in (mixture.log_weights, mixture.means, mixture.variances))
 
@@ -215,9 +216,12 @@ class Comparison:
             logits = w - 0.5 * (away**2 / total + jnp.log(total)).sum(-1)
             share = jnp.exp(logits - logits.max(1, keepdims=True))
             share = share / share.sum(1, keepdims=True)
-            return (share[..., None] * (means + alpha * variances / total * away)).sum(1)
+            return change(t, x, (share[..., None] * (means + alpha * variances / total * away)).sum(1))
 
-        denoiser: Any = sf.diffusion.Denoiser(data, schedule, prediction="data")
+        return sf.diffusion.Denoiser(data, schedule, prediction="data")
+
+    def _ours(self, pair: Pair, schedule: Any, times: Any, start: Any, draws: Any, theirs: np.ndarray) -> float:
+        denoiser = self.denoiser(schedule)
         if pair.clip is not None:
             whole: Any = sf.diffusion.Thresholded
             denoiser = whole(denoiser, quantile=pair.clip, sample_ndim=1)
@@ -230,7 +234,7 @@ class Comparison:
         return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-class _noise_from:  # noqa: N801
+class noise_from:  # noqa: N801
     """Within, the schedulers of diffusers draw their noise from this function."""
 
     def __init__(self, draw: Callable[..., Any]):
@@ -260,6 +264,8 @@ def run(options: Options) -> list[Claim]:
         return []
     import jax
 
+    from . import _diffusers_others as others
+
     with jax.enable_x64(True):
         comparison, rows = Comparison(), []
         for pair in pairs():
@@ -270,4 +276,5 @@ def run(options: Options) -> list[Claim]:
                 rows.append(line(name, comparison.difference(pair), bounds, note))
             except Exception as error:  # noqa: BLE001
                 rows.append(line(name, float("nan"), (0.0, 1e-4), f"{note}; {type(error).__name__}: {error}"))
+        rows += others.rows(comparison)
     return [Claim("", "schedulers of diffusers", "largest relative difference", "diffusers", rows)]
