@@ -298,6 +298,8 @@ def attempt(name: str, make: Callable[[], Row], target: float | None = None) -> 
 def _short(x: float) -> str:
     if x != x:
         return "nan"
+    if 0 < abs(x) < 1e-3:
+        return f"{x:.0e}".replace("e-0", "e-")
     if abs(x) >= 100:
         return f"{x:.0f}"
     if abs(x) >= 10:

@@ -14,8 +14,8 @@ from ._presets import UniPC, iPNDM
 from ._schedule import AbstractSchedule
 from ._times import check_grid
 
-# From how many steps on the solvers of higher order are better.
-_MANY = 15
+# From how many steps on the solvers with a corrector are better, and where steps in log(alpha / sigma) are best.
+_MANY, _MANY_EVEN = 15, 9
 # Up to where Karras' steps are better than equal ones in log(alpha / sigma) where data is not scaled.
 _VERY_FEW = 7
 
@@ -48,8 +48,8 @@ def default_sampler(schedule: AbstractSchedule, num_steps: int | None, grid: Any
         raise ValueError("num_steps says how many evaluations there are: pass num_steps=, e.g. 10.")
     else:
         count = np.shape(grid.left)[-1]
-    few = count < _MANY
     kind = _kind(schedule)
+    few = count < (_MANY_EVEN if kind == "even" else _MANY)
     best = {
         "exploding": "edm" if count < _VERY_FEW else "logsnr",
         "even": "logsnr",
