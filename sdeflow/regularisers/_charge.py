@@ -51,12 +51,14 @@ class Setting(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a solve; ``final`` is the whole last state."""
+    """What came of a solve; ``final`` is the whole last state, ``ts`` are the times of ``ys``."""
 
     ys: Any
     final: Any
     stats: dict[str, Any]
     result: Any
+    ts: Any
+    dense: Any = None
 
 
 def check_regularisers(regularisers: Sequence[Any], key: Any) -> None:
@@ -144,15 +146,25 @@ def _stripped(tree: Any, depth: int) -> Any:
     return tree
 
 
+class _OfStateAlone(eqx.Module):
+    """What ``save_fn`` makes of the state without what goes beside it."""
+
+    save_fn: Any
+    depth: int = eqx.field(static=True)
+
+    def __call__(self, t: Any, y: Any, args: Any) -> Any:
+        y = _stripped(y, self.depth)
+        return y if self.save_fn is None else self.save_fn(t, y, args)
+
+
 def _stripping(setting: Setting, depth: int) -> Setting:
     """The user's functions, and the norm of the controller, shown the state alone."""
-    save_fn, event = setting.save_fn, setting.event
-    keep = (lambda t, y, args: y) if save_fn is None else save_fn
+    event = setting.event
     if event is not None:
         shown = lambda fn: lambda t, y, args, **kwargs: fn(t, _stripped(y, depth), args, **kwargs)
         event = dataclasses.replace(event, cond_fn=jtu.tree_map(shown, event.cond_fn))
     return setting._replace(
-        save_fn=lambda t, y, args: keep(t, _stripped(y, depth), args),
+        save_fn=_OfStateAlone(setting.save_fn, depth),
         event=event,
         controller=_with_norm(setting.controller, depth),
     )

@@ -110,7 +110,12 @@ def check_ts(ts: Any, *, repeats: bool) -> Any:
     times = np.asarray(ts, np.float64)
     if ts.shape[0] == 1 or repeats:
         if not np.isfinite(times).all():
-            raise ValueError(f"ts must be finite; entry {int(np.argmin(np.isfinite(times)))} is not.")
+            hint = (
+                " Where an event or a steady state ends the solve, give a late time, or diffrax.diffeqsolve its t1=inf."
+                if np.isinf(times[-1])
+                else ""
+            )
+            raise ValueError(f"ts must be finite; entry {int(np.argmin(np.isfinite(times)))} is not.{hint}")
     else:
         host_times(times)
     return ts

@@ -1,6 +1,7 @@
 """What the walk does not do itself goes to ``diffrax.diffeqsolve``: adaptive steps, events, diffrax's own adjoints."""
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,17 +16,19 @@ import numpy as np
 
 from .._compat import SaveState, is_term, unwrap
 from .._results import RESULTS, is_okay, promote
-from ..adjoints import AbstractWalkAdjoint
+from ..adjoints import AbstractWalkAdjoint, DiscreteAdjoint
 from ..adjoints._freeze import freeze
 from ..adjoints._jump_times import beside_jumps
 from ..equations._linear import LinearDriftTerm
 from ..equations._terms import DiffusionTerm, DriftTerm
 from ..grids import Grid
+from ..regularisers._charge import Outcome
 from ..solvers import McCallumFoster
 from ..solvers._charging import Charging
 from ..solvers._unrolled import StandIn
 from ..walking import prepare_solver
 from ._choose import evaluations, resolve_tolerances
+from ._dense import Dense
 from ._guard import GuardedController
 from ._plan import Plan
 from ._solution import all_finite
@@ -84,6 +87,35 @@ def check_adjoint(
         raise ValueError(f"BacksolveAdjoint takes steps of its own, which go across the jumps of the grid: {cure}")
     if steps is not None and not _has_equal_steps(steps):
         raise ValueError(f"BacksolveAdjoint takes equal steps or adaptive ones, and these are neither: {cure}")
+
+
+def check_saving(
+    save: str, dense: bool, adjoint: diffrax.AbstractAdjoint, still: bool, adaptive: bool, max_steps: int | None
+) -> bool:
+    """Whether every step is to be saved.
+
+    Raises:
+        ValueError: for another ``save``, and for what cannot be saved.
+    """
+    if save not in ("requested", "steps"):
+        raise ValueError(f'save must be "requested" or "steps", got {save!r}.')
+    wants = [name for name, asked in (('save="steps"', save == "steps"), ("dense=True", dense)) if asked]
+    if not wants or still:
+        return False
+    what = " and ".join(wants)
+    if isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint):
+        raise ValueError(  # noqa: TRY004
+            f"{type(adjoint).__name__} knows no states but those at requested times: leave out {what}, or use "
+            "adjoint=sf.adjoints.DiscreteAdjoint()."
+        )
+    if dense and isinstance(adjoint, AbstractWalkAdjoint) and not isinstance(adjoint, DiscreteAdjoint):
+        raise ValueError(
+            f"{type(adjoint).__name__} does not keep what is between the steps: leave out dense=True, or use "
+            "adjoint=sf.adjoints.DiscreteAdjoint()."
+        )
+    if adaptive and max_steps is None:
+        raise ValueError(f"{what} holds as many steps as there may be: give max_steps=.")
+    return save == "steps"
 
 
 def _has_equal_steps(steps: Plan) -> bool:
@@ -162,22 +194,23 @@ def delegate(
     max_steps: int | None,
     save_fn: Any,
     good: Any,
-) -> tuple[Any, Any, dict[str, Any], Any]:
+    all_steps: bool,
+    dense: bool,
+) -> Outcome:
     """Solve with diffrax.
 
     Arguments:
         steps: the fixed steps, if they are fixed.
         good: whether the times are, where they are traced; None where that is known.
+        all_steps: whether to save every accepted step, in place of the requested times.
+        dense: whether to keep what is between the steps.
 
     Raises:
         ValueError: if the steps adapt and the solver does not estimate its error.
-
-    Returns:
-        ys, the last state, statistics and the result.
     """
     continuous = isinstance(adjoint, diffrax.BacksolveAdjoint)
     # Both ends need no search for requested times within the loop.
-    ends_only = ts.shape[0] == 2 and event is None
+    ends_only = ts.shape[0] == 2 and event is None and not all_steps
     if good is not None:
         ts = jnp.where(good, ts, any_times(ts))
         dt0 = None if dt0 is None else jnp.where(good, dt0, jnp.abs(dt0))
@@ -221,7 +254,7 @@ def delegate(
                 dt0,
                 y0,
                 args,
-                saveat=saveat,
+                saveat=dataclasses.replace(saveat, dense=dense),
                 stepsize_controller=controller,  # pyright: ignore
                 adjoint=adjoint,
                 event=event,
@@ -230,10 +263,15 @@ def delegate(
             )
 
     save_with: Run = run
-    if isinstance(adjoint, AbstractWalkAdjoint) and not ends_only:
+    if isinstance(adjoint, AbstractWalkAdjoint) and not ends_only and not all_steps:
         save_with = functools.partial(_run_saving, run, adjoint)
     save = _save_continuous if continuous else _save_end if isinstance(adjoint, diffrax.ImplicitAdjoint) else _save
+    save = _save_steps if all_steps else save
     sol, ys, final = save(save_with, wanted, y0, args, save_fn, ends_only)
+    saved_at = ts
+    if all_steps:
+        saved_at = sol.ts[0]
+        saved_at = jnp.where(saved_at == begin, ts[0], jnp.where(saved_at == end, ts[-1], saved_at))
     accepted, rejected = sol.stats["num_accepted_steps"], sol.stats["num_rejected_steps"]
     nfe = None if cost is None else (accepted + rejected) * cost[0] + cost[1]
     stats = {
@@ -246,7 +284,8 @@ def delegate(
     if "record_overflow" in sol.stats:
         spilt = is_okay(result) & sol.stats["record_overflow"]
         result = RESULTS.where(spilt, RESULTS.record_overflow, result)
-    return ys, final, stats, result
+    between = Dense(sol.interpolation, ((ts[0], ts[-1]), (begin, end)), save_fn, args) if dense else None
+    return Outcome(ys, final, stats, result, saved_at, between)
 
 
 @contextlib.contextmanager
@@ -304,15 +343,16 @@ class _SavingAt(diffrax.AbstractAdjoint):
         def allocated(sub: diffrax.SubSaveAt) -> SaveState:
             n = sub.t1 + (0 if sub.ts is None else sub.ts.shape[0])
             shape = eqx.filter_eval_shape(sub.fn, kwargs["t0"], state.y, kwargs["args"])
-            ys = jtu.tree_map(lambda x: jnp.full((n, *x.shape), _unset(x.dtype), x.dtype), shape)
+            ys = jtu.tree_map(lambda x: jnp.full((n, *x.shape), unset(x.dtype), x.dtype), shape)
             return SaveState(ts=jnp.full(n, jnp.inf, dtype), ys=ys, save_index=0, saveat_ts_index=0)
 
         subs = tuple(turned(sub) for sub in self.saveat.subs)
         state = eqx.tree_at(lambda s: s.save_state, state, tuple(allocated(sub) for sub in subs))
-        return self.adjoint.loop(**{**kwargs, "saveat": diffrax.SaveAt(subs=subs), "init_state": state})
+        saveat = diffrax.SaveAt(subs=subs, dense=kwargs["saveat"].dense)
+        return self.adjoint.loop(**{**kwargs, "saveat": saveat, "init_state": state})
 
 
-def _unset(dtype: Any) -> Any:
+def unset(dtype: Any) -> Any:
     """What stands where nothing was saved."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return jnp.inf
@@ -334,6 +374,12 @@ def _save(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bool) 
         last = lambda x: x.at[-1].set(jnp.where(reached, x[-1], jnp.inf))
         ys = jtu.tree_map(lambda x: last(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, ys)
     return sol, ys, final
+
+
+def _save_steps(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bool) -> tuple[Any, Any, Any]:
+    fn = (lambda t, y, args: y) if save_fn is None else save_fn
+    sol = run(diffrax.SaveAt(subs=(diffrax.SubSaveAt(t0=True, steps=True, fn=fn), diffrax.SubSaveAt(t1=True))))
+    return sol, sol.ys[0], jtu.tree_map(lambda x: x[-1], sol.ys[1])
 
 
 def _save_continuous(run: Run, ts: Any, y0: Any, args: Any, save_fn: Any, ends_only: bool) -> tuple[Any, Any, Any]:

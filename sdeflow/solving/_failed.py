@@ -34,11 +34,21 @@ def last_finite(ts: Array, y0: PyTree, ys: PyTree | None, final: PyTree, reached
 
 
 def void_failed(
-    result: Any, ts: Array, reached: Array, ys: PyTree, final: PyTree, last: PyTree, penalties: PyTree, inputs: PyTree
-) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-    """States, final and last state, and penalties, without the numbers and derivatives of a solve that failed.
+    result: Any,
+    ts: Array,
+    reached: Array,
+    at_times: list[tuple[Array, PyTree]],
+    whole: PyTree,
+    last: PyTree,
+    inputs: PyTree,
+) -> tuple[list[PyTree], PyTree, PyTree]:
+    """What came of a solve, without the numbers and derivatives of one that failed.
 
     Arguments:
+        ts: the requested times.
+        at_times: pairs of times (n,) and what was seen there, leaves (n, ...); they are void beyond the time reached.
+        whole: void if the solve failed.
+        last: without derivatives if it failed.
         inputs: what to have no derivative in either; in a solve that failed in its first step nothing depends on it.
     """
     # Both say what is wrong with something else than the states.
@@ -47,16 +57,17 @@ def void_failed(
     sign, gap = jnp.sign(ts[-1] - ts[0]), jnp.abs(ts[1:] - ts[:-1])
     # The ends of steps are those of intervals up to rounding.
     slack = 1e-3 * jnp.where(gap > 0, gap, jnp.inf).min(initial=jnp.inf)
-    seen = okay | ((ts - reached) * sign <= jnp.where(jnp.isfinite(slack), slack, 0))
-    seen, okay = freeze((seen, okay))
+    slack = jnp.where(jnp.isfinite(slack), slack, 0)
+    okay, reached, sign, slack = freeze((okay, reached, sign, slack))
     tie = _tie(okay, jtu.tree_leaves(eqx.filter(inputs, eqx.is_inexact_array)))
 
-    def rows(x: Array) -> Array:
-        return _void(x, tie, seen.reshape(-1, *(1,) * (x.ndim - 1)), okay)
+    def rows(times: Array, tree: PyTree) -> PyTree:
+        seen = okay | ((freeze(times) - reached) * sign <= slack)
+        return jtu.tree_map(lambda x: _void(x, tie, seen.reshape(-1, *(1,) * (jnp.ndim(x) - 1)), okay), tree)
 
-    whole = lambda x: _void(x, tie, okay, okay)
+    void = lambda x: _void(x, tie, okay, okay)
     keep = lambda x: _void(x, tie, jnp.array(True), okay)
-    return jtu.tree_map(rows, ys), jtu.tree_map(whole, final), jtu.tree_map(keep, last), jtu.tree_map(whole, penalties)
+    return [rows(*pair) for pair in at_times], jtu.tree_map(void, whole), jtu.tree_map(keep, last)
 
 
 def _void(x: Array, tie: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""]) -> Array:

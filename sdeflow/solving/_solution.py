@@ -10,13 +10,14 @@ from jaxtyping import Array, PyTree
 
 from .._compat import is_concrete, values_of
 from .._results import RESULTS, is_okay, message_of, promote
+from ._dense import Dense
 
 
 class Solution(eqx.Module):
     """The solution of a differential equation at the requested times.
 
     Attributes:
-        ts: shape (n,), the requested times.
+        ts: shape (n,), the requested times; with ``save="steps"`` the start and the end of every step, then infinities.
         ys: the states there (or what ``save_fn`` made of them), leaves (n, *shape); ``ys[0]`` is the start.
         final: the state at the last time, as the solver left it.
         stats: "num_steps" taken, "nfe", the number of drift evaluations (None if the solver is not known), and
@@ -29,6 +30,7 @@ class Solution(eqx.Module):
             the fixed steps of an explicit solver became infinite or NaN, all of which are accepted, it is the last
             finite state at a requested time (with a ``save_fn``, the start).
         choices: what was chosen and why, as pairs of strings; printed by ``repr``.
+        dense: with ``dense=True``, what `evaluate` reads.
     """
 
     ts: Array
@@ -39,6 +41,29 @@ class Solution(eqx.Module):
     result: Any
     choices: tuple[tuple[str, str], ...] = eqx.field(static=True, default=())
     last: PyTree[Array] = None
+    dense: Dense | None = None
+
+    def evaluate(self, t: Any) -> PyTree[Array]:
+        """The solution between its steps, by the solver's own interpolation.
+
+        Arguments:
+            t: a time, or an array of times.
+
+        Returns:
+            What ``ys`` holds, leaves (*t.shape, *shape); NaN outside of what was solved.
+
+        Raises:
+            ValueError: unless the solve was asked for ``dense=True``.
+
+        Example:
+            >>> import jax.numpy as jnp, sdeflow as sf
+            >>> sol = sf.solve(sf.ODE(lambda t, y, args: -y), jnp.array(1.0), [0.0, 1.0], dense=True)
+            >>> bool(abs(sol.evaluate(0.5) - jnp.exp(-0.5)) < 1e-3)
+            True
+        """
+        if self.dense is None:
+            raise ValueError("The solution is known at its requested times alone: pass dense=True to sf.solve.")
+        return self.dense.evaluate(t)
 
     def __repr__(self) -> str:
         value = promote(self.result)
@@ -53,7 +78,8 @@ class Solution(eqx.Module):
         shape = eqx.tree_pformat(self.ys, width=10_000)
         lines = [f"Solution ({status})", f"  ys: {shape}"]
         if is_concrete(self.ts) and np.ndim(self.ts) == 1:
-            count, ends = self.ts.shape[0], f"{float(self.ts[0]):g} to {float(self.ts[-1]):g}"
+            times = np.asarray(self.ts)[np.isfinite(np.asarray(self.ts))]
+            count, ends = len(times), " to ".join(f"{float(t):g}" for t in times[[0, -1]]) if len(times) else "nowhere"
             lines.append(f"  ts: {count} times from {ends}" if count > 1 else f"  ts: 1 time, {float(self.ts[0]):g}")
         lines += [f"  {name}: {text}" for name, text in self.choices]
         steps = self.stats.get("num_steps")

@@ -5,7 +5,7 @@ The function reads its inputs on the host, plans, and hands over to one compiled
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
@@ -62,7 +62,8 @@ from ._choose import (
     resolve_tolerances,
     wrong_backwards,
 )
-from ._delegate import check_adjoint, delegate, pre_check
+from ._delegate import check_adjoint, check_saving, delegate, pre_check, unset
+from ._dense import Dense, RowInterpolation
 from ._failed import last_finite, void_failed
 from ._plan import Plan, plan
 from ._solution import Solution, failure, with_finite_check
@@ -87,6 +88,8 @@ def solve(
     save_fn: Callable[[Any, PyTree, Any], PyTree] | None = None,
     event: diffrax.Event | None = None,
     max_steps: int | None = 4096,
+    save: Literal["requested", "steps"] = "requested",
+    dense: bool = False,
     throw: bool = True,
 ) -> Solution:
     """Solve a differential equation through the requested times.
@@ -123,6 +126,9 @@ def solve(
         save_fn: ``save_fn(t, y, args)``, what to keep of the state at the requested times.
         event: a ``diffrax.Event`` that may end the solve.
         max_steps: the most steps that an adaptive solve takes.
+        save: "requested" times, or every accepted step ("steps"): then ``sol.ts`` and ``sol.ys`` have the start and the
+            end of each of the ``sol.stats["num_steps"]`` steps, and infinities up to the most steps there could be.
+        dense: keep what the solver knows between the steps, for ``sol.evaluate(t)``.
         throw: raise a failure when called outside of a trace.
 
     Returns:
@@ -156,7 +162,7 @@ def solve(
         return _in_coordinates(
             chart, ts, args=args, key=key, dt0=dt0, grid=grid, steps_per_interval=steps_per_interval, solver=solver,
             path=path, stepsize_controller=stepsize_controller, adjoint=adjoint, regularisers=regularisers,
-            save_fn=save_fn, event=event, max_steps=max_steps, throw=throw,
+            save_fn=save_fn, event=event, max_steps=max_steps, save=save, dense=dense, throw=throw,
         )  # fmt: skip
     ts = check_ts(ts, repeats=grid is not None or steps_per_interval is not None or path is not None)
     # With one time there is nothing to solve: the start is the solution.
@@ -248,6 +254,7 @@ def solve(
                 event=event, save_fn=save_fn,
             )  # fmt: skip
         choices.append(("adjoint", f"{_short(adjoint)}, as given"))
+    all_steps = check_saving(save, dense, adjoint, still, adaptive, max_steps)
     if adaptive:
         check_enough_steps(ts, max_steps, getattr(adjoint, "record", None))
     walked = isinstance(adjoint, AbstractWalkAdjoint) and steps is not None and event is None
@@ -260,8 +267,8 @@ def solve(
 
     sol = _run(
         equation, y0, jnp.asarray(ts, dtype), args, key, dt0 if adaptive else None, steps, storage, solver, path,
-        stepsize_controller, adjoint, tuple(regularisers), save_fn, event, max_steps, traced, forwards_only,
-        tuple(choices),
+        stepsize_controller, adjoint, tuple(regularisers), save_fn, event, max_steps, all_steps, dense,
+        traced, forwards_only, tuple(choices),
     )  # fmt: skip
     leaves = jtu.tree_leaves(sol.result)
     if throw and is_concrete(*leaves) and not bool(is_okay(sol.result).all()):
@@ -303,6 +310,8 @@ def _run(
     save_fn: Any,
     event: Any,
     max_steps: int | None,
+    all_steps: bool,
+    dense: bool,
     traced: bool,
     forwards_only: bool,
     choices: tuple[tuple[str, str], ...],
@@ -336,13 +345,13 @@ def _run(
 
     def go(x: Setting) -> Outcome:
         if x.walks:
-            return Outcome(*_walk(x.terms, x.y0, ts, args, steps, x.solver, x.adjoint, x.save_fn))
+            return _walk(x.terms, x.y0, ts, args, steps, x.solver, x.adjoint, x.save_fn, all_steps, dense)
         out = delegate(
             x.terms, x.solver, x.y0, ts, args, steps=steps, dt0=dt0, controller=x.controller, adjoint=x.adjoint,
-            event=x.event, max_steps=max_steps, save_fn=x.save_fn, good=good,
+            event=x.event, max_steps=max_steps, save_fn=x.save_fn, good=good, all_steps=all_steps, dense=dense,
         )  # fmt: skip
         start = pre_check(y0)
-        return Outcome(*out[:3], RESULTS.where(is_okay(start), out[3], start))
+        return out._replace(result=RESULTS.where(is_okay(start), out.result, start))
 
     setting = Setting(terms, y0, solver, controller, adjoint, save_fn, event, walks)
     out, penalties = charged(go, setting, regularisers, ts, args, key)
@@ -362,11 +371,21 @@ def _finished(
     result = with_finite_check(out.result, final)
     if good is not None:
         result = RESULTS.where(good, result, RESULTS.bad_times)
-    last, reached = last_finite(ts, y0, ys if bare else None, final, stats["time_reached"])
-    ys, final, last, penalties = void_failed(result, ts, reached, ys, final, last, penalties, (inputs, y0))
+    last, reached = last_finite(out.ts, y0, ys if bare else None, final, stats["time_reached"])
+    at_times, dense = [(out.ts, ys)], out.dense
+    if dense is not None:
+        at_times.append((dense.times, dense.of.infos))
+    (ys, *infos), (final, penalties), last = void_failed(
+        result, ts, reached, at_times, (final, penalties), last, (inputs, y0)
+    )
+    if dense is not None:
+        dense = eqx.tree_at(lambda d: d.of.infos, dense, infos[0])
+    saved_at = out.ts
     if good is not None:
-        ys, final, last, penalties, reached = blank_unless(good, (ys, final, last, penalties, reached))
-    return Solution(ts, ys, final, {**stats, "time_reached": reached}, penalties, result, choices, last)
+        saved = (ys, final, last, penalties, reached, saved_at)
+        ys, final, last, penalties, reached, saved_at = blank_unless(good, saved)
+    stats = {**stats, "time_reached": reached}
+    return Solution(saved_at, ys, final, stats, penalties, result, choices, last, dense)
 
 
 def _stay(
@@ -381,29 +400,42 @@ def _stay(
     if adaptive:
         stats |= {"num_rejected": jnp.array(0)}
     penalties = {type(r).__name__: jnp.zeros((), ts.dtype) for r in regularisers}
-    out = Outcome(ys, y0, stats, RESULTS.successful)
+    out = Outcome(ys, y0, stats, RESULTS.successful, ts)
     return _finished(ts, y0, out, penalties, good, choices, save_fn is None)
 
 
 def _walk(
-    terms: Any, y0: Any, ts: Any, args: Any, steps: Any, solver: Any, adjoint: Any, save_fn: Any
-) -> tuple[Any, Any, dict[str, Any], Any]:
+    terms: Any,
+    y0: Any,
+    ts: Any,
+    args: Any,
+    steps: Any,
+    solver: Any,
+    adjoint: Any,
+    save_fn: Any,
+    all_steps: bool,
+    dense: bool,
+) -> Outcome:
     grid: Any = steps.grid
     live = grid.live if steps.masked else None
     within = asks_within(solver)
     rows = make_rows(terms, grid.left, grid.right, live, grid.jump, own_grid=steps.own_grid, within=within)
     keep = (lambda t, y: y) if save_fn is None else (lambda t, y: save_fn(t, y, args))
-    emit = lambda t, carry, info: keep(t, carry.y)
+    emit = lambda t, carry, info: (keep(t, carry.y), info[1] if dense else None)
 
-    ends_only = ts.shape[0] == 2
-    every = None if ends_only else (1 if steps.every is None else steps.every)
+    ends_only = ts.shape[0] == 2 and not all_steps
+    each = all_steps or dense or steps.every is None
+    every = None if ends_only and not dense else (1 if each else steps.every)
     carry, emitted, said = adjoint.walk(solver, terms, args, y0, rows, every=every, emit=emit)
+    emitted, infos = (None, None) if emitted is None else emitted
     first = keep(ts[0], y0)
     join = lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b])
     if ends_only:
         last = keep(ts[-1], carry.y)
         ys = jtu.tree_map(lambda a, b: jnp.stack([a, b]), first, last)
-    elif steps.every is None:
+    elif all_steps:
+        ys = jtu.tree_map(join, first, emitted)
+    elif each:
         ys = jtu.tree_map(lambda a, b: join(a, b)[grid.save], first, emitted)
     else:
         ys = jtu.tree_map(join, first, emitted)
@@ -420,7 +452,19 @@ def _walk(
         "num_steps": jnp.asarray(count), "nfe": None if nfe is None else jnp.asarray(nfe), "time_reached": reached,
         **said,
     }  # fmt: skip
-    return ys, carry.y, stats, result
+    saved_at, between = ts, None
+    if all_steps:
+        saved_at = jnp.concatenate([ts[:1], grid.right.astype(ts.dtype)])
+        if steps.masked:
+            beyond = ~jnp.append(True, grid.live)
+            blank = lambda x: jnp.where(beyond.reshape(-1, *(1,) * (x.ndim - 1)), unset(x.dtype), x)
+            saved_at, ys = jtu.tree_map(blank, (saved_at, ys))
+    if dense:
+        left, right, taken = jnp.asarray(grid.left), jnp.asarray(grid.right), jnp.asarray(count)
+        known = RowInterpolation(left, right, taken, infos, solver.interpolation_cls)
+        ends = (left[0], right[taken - 1])
+        between = Dense(known, ((ts[0], ts[-1]), ends), save_fn, args)
+    return Outcome(ys, carry.y, stats, result, saved_at, between)
 
 
 def _is_terms(equation: Any) -> bool:
