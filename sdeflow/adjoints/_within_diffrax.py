@@ -24,7 +24,7 @@ from .._compat import SaveState, known_value, unwrap
 from .._results import RESULTS, demote
 from ..paths import GridBrownian
 from ..paths._rows import RowNoise
-from ..walking import Carry, Rows, adopt_state, asks_within, first_carry, make_rows, prepare_solver, restarts
+from ..walking import Carry, Rows, adopt_state, asks_otherwise, first_carry, make_rows, prepare_solver, restarts
 from ..walking._row import step_row
 
 CHUNK = 16  # rows of a chunk
@@ -120,7 +120,7 @@ class _Walk(NamedTuple):
     def rows(self, terms: Any, row: Any) -> Rows:
         left, right, live, jump = row
         ends = (left * self.direction, right * self.direction)
-        return make_rows(terms, *ends, live, jump, own_grid=False, within=asks_within(self.solver))
+        return make_rows(terms, *ends, live, jump, own_grid=False, within=bool(asks_otherwise(self.solver)))
 
     def walk(self, terms: Any, y0: Any, rows: Rows, every: int | None, emit: Any, start: Any) -> tuple[Carry, Any]:
         walked = self.adjoint.walk(self.solver, terms, self.args, y0, rows, every=every, emit=emit, start=start)

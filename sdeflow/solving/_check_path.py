@@ -11,7 +11,7 @@ from ..adjoints._jump_times import declared_jumps
 from ..grids import Grid
 from ..paths import AbstractControl, GridBrownian
 from ..paths._grid_brownian import LEVY_AREAS
-from ..walking import asks_within
+from ..walking import asks_otherwise
 from ._choose import levy_area_for
 
 
@@ -39,9 +39,10 @@ def check_path(
             f"Adaptive steps need noise that can be asked anywhere, but the {kind} {knows}: pass key= instead, or "
             "path=diffrax.VirtualBrownianTree(...)."
         )
-    if asks_within(solver) and isinstance(path, GridBrownian):
+    asked = asks_otherwise(solver)
+    if asked and isinstance(path, GridBrownian):
         raise ValueError(
-            "HalfSolver asks for halves of its steps, which a GridBrownian does not know: pass key= instead, or "
+            f"{type(solver).__name__} asks for {asked}, which a GridBrownian does not know: pass key= instead, or "
             "path=diffrax.VirtualBrownianTree(...)."
         )
     area, needed = getattr(path, "levy_area", None), levy_area_for(solver)
@@ -68,7 +69,7 @@ def check_path(
         steps = np.asarray(dt0)
     if isinstance(path, diffrax.VirtualBrownianTree) and steps is not None and is_concrete(path.tol):
         shortest = float(np.abs(steps).min())
-        shortest = shortest / 2 if asks_within(solver) else shortest
+        shortest = shortest / 2 if asked else shortest
         # The tree keeps its tolerance as a fraction of the interval that it covers.
         tol = float(path.tol) * (high - low)
         if tol > shortest / 2 * (1 + 1e-5):

@@ -24,7 +24,7 @@ from ..solvers import Exact, ExponentialAdams, ExponentialHeun, McCallumFoster
 from ..solvers._charging import Charging
 from ..solvers._newton import StageNewton
 from ..solvers._unrolled import unrolled
-from ..walking import asks_within
+from ..walking import asks_otherwise
 
 TABLE_LIMIT = 4096
 _ONE_SLOPE = (
@@ -309,8 +309,9 @@ def choose_storage(num_rows: int, solver: diffrax.AbstractSolver) -> tuple[str |
     Returns:
         The storage of a ``GridBrownian``, None for a ``VirtualBrownianTree``, and what is said of it.
     """
-    if asks_within(solver):
-        return None, "VirtualBrownianTree, as HalfSolver asks for halves of its steps"
+    asked = asks_otherwise(solver)
+    if asked:
+        return None, f"VirtualBrownianTree, as {type(solver).__name__} asks for {asked}"
     if num_rows <= TABLE_LIMIT:
         return "table", f'storage="table", at most {TABLE_LIMIT} rows, so all are drawn at once'
     return "counter", f'storage="counter", more than {TABLE_LIMIT} rows, so each is drawn when needed'

@@ -30,7 +30,7 @@ from ..paths._rows import RowNoise
 from ..paths._tree import quiet_tree
 from ..regularisers._charge import Outcome, Setting, charged, check_regularisers
 from ..solvers import Exact
-from ..walking import asks_within, make_rows
+from ..walking import asks_otherwise, make_rows
 from ._check_input import (
     check_counts,
     check_enough_steps,
@@ -418,7 +418,7 @@ def _walk(
 ) -> Outcome:
     grid: Any = steps.grid
     live = grid.live if steps.masked else None
-    within = asks_within(solver)
+    within = bool(asks_otherwise(solver))
     rows = make_rows(terms, grid.left, grid.right, live, grid.jump, own_grid=steps.own_grid, within=within)
     keep = (lambda t, y: y) if save_fn is None else (lambda t, y: save_fn(t, y, args))
     emit = lambda t, carry, info: (keep(t, carry.y), info[1] if dense else None)

@@ -3,7 +3,7 @@
 from ._row import Carry as Carry
 from ._row import Rows as Rows
 from ._row import adopt_state as adopt_state
-from ._row import asks_within as asks_within
+from ._row import asks_otherwise as asks_otherwise
 from ._row import first_carry as first_carry
 from ._row import loops_over_stages as loops_over_stages
 from ._row import make_rows as make_rows

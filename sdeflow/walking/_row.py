@@ -84,7 +84,7 @@ def make_rows(
     """Rows over the given steps, with the noise of the Brownian paths in ``terms`` drawn for all of them.
 
     Arguments:
-        within: the solver asks for parts of its steps, so the paths themselves stay in its terms.
+        within: the solver asks for other spans than its steps, so the paths themselves stay in its terms.
     """
     source = RowNoise.of(terms, within)
     index = jnp.arange(left.shape[0]) if index is None else index
@@ -92,10 +92,14 @@ def make_rows(
     return Rows(left, right, live, jump, noise, source, own_grid)
 
 
-def asks_within(solver: Any) -> bool:
-    """Whether a solver asks its path for parts of a step."""
+def asks_otherwise(solver: Any) -> str:
+    """What a solver asks its path for if that is not its step: "halves of its steps", say; nothing if it is."""
+    if isinstance(solver, diffrax.HalfSolver):
+        return "halves of its steps"
+    if isinstance(solver, diffrax.LeapfrogMidpoint):
+        return "two of its steps at once"
     inner = getattr(solver, "solver", None)
-    return isinstance(solver, diffrax.HalfSolver) or (inner is not None and asks_within(inner))
+    return "" if inner is None else asks_otherwise(inner)
 
 
 def straighten(
@@ -202,7 +206,7 @@ def take_step(
 
 def with_noise_of_step(solver: Any, terms: Any, left: Any, right: Any) -> Any:
     """The terms with the noise of one step in place of the paths."""
-    rows = make_rows(terms, left[None], right[None], own_grid=False, within=asks_within(solver))
+    rows = make_rows(terms, left[None], right[None], own_grid=False, within=bool(asks_otherwise(solver)))
     return rows.source.install(terms, jtu.tree_map(lambda x: x[0], rows.noise), left, right)
 
 

@@ -108,3 +108,19 @@ def test_times_to_step_to_must_span_the_solve_as_in_diffrax(times, adjoint):
             diffrax.ODETerm(lambda t, y, args: -y), diffrax.Tsit5(), 0.0, 2.0, None, jnp.array(1.0),
             stepsize_controller=diffrax.StepTo(ts=jnp.array(times)), adjoint=adjoint,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_solver_that_looks_two_steps_back_has_the_noise_of_both(seed):
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (), jax.random.key(seed))
+    noise = diffrax.ControlTerm(lambda t, y, args: 0.3, path)
+    terms = diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, args: -args * y), noise)
+
+    def final(args, adjoint):
+        return diffrax.diffeqsolve(terms, diffrax.LeapfrogMidpoint(), 0.0, 1.0, 0.1, 1.0, args, adjoint=adjoint).ys[0]
+
+    ours, theirs = (
+        jax.value_and_grad(final)(jnp.array(1.0), adjoint)
+        for adjoint in (sf.adjoints.DiscreteAdjoint(), diffrax.RecursiveCheckpointAdjoint())
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
