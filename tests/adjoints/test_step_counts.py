@@ -110,6 +110,7 @@ def test_times_to_step_to_must_span_the_solve_as_in_diffrax(times, adjoint):
         )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*is not marked as converging")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_solver_that_looks_two_steps_back_has_the_noise_of_both(seed):
     path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (), jax.random.key(seed))
