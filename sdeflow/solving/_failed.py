@@ -83,7 +83,7 @@ def _void(x: Array, tie: Array, seen: Bool[Array, "..."], okay: Bool[Array, ""])
 def _tie(okay: Bool[Array, ""], inputs: list[Array]) -> Array:
     """Nought, whose derivative in all inputs is one unless all is okay."""
     # Mapped wherever one of them is: JAX wants a value and its derivative to be mapped alike.
-    mapped = okay.astype(jnp.int32) + sum((x.reshape(-1)[:1] != 0).sum() for x in inputs)
+    mapped = okay.astype(jnp.int32) + sum(jnp.isnan(x.reshape(-1)[:1]).sum() for x in inputs)
     return (0 * mapped).astype(float)
 
 
