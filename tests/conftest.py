@@ -35,8 +35,16 @@ def _slice_of(item: pytest.Item, count: int) -> int:
 _SALT = 14477
 
 
+# Cases whose siblings are quick tests, and which take long; by their ids, as one case of many cannot carry a mark.
+_SLOW_CASES = frozenset((Path(__file__).parent / "slow_cases.txt").read_text().splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the slow tests of the slice that was asked for."""
+    """Mark the slow cases, and keep the slow tests of the slice that was asked for."""
+    for item in items:
+        if item.nodeid in _SLOW_CASES:
+            item.add_marker(pytest.mark.slow)
     asked = config.getoption("--slow-slice")
     if asked is None:
         return
