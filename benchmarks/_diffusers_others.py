@@ -30,11 +30,6 @@ class Draws:
         return np.stack((self.taken + [np.zeros(SHAPE)] * count)[:count])
 
 
-def _grid(times: np.ndarray) -> Any:
-    count = len(times) - 1
-    return sf.grids.Grid(times[:-1], times[1:], np.ones(count, bool), np.array([0, count]))
-
-
 def _apart(ours: Any, theirs: Any) -> float:
     ours, theirs = np.asarray(ours).reshape(SHAPE), np.asarray(theirs).reshape(SHAPE)
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
@@ -62,7 +57,7 @@ def preconditioned(comparison: Comparison, name: str, config: dict[str, Any], so
     schedule = d.EDM(0.5 * sigmas[-2], 2 * sigmas[0])
     options = {"noise": draws.stacked(STEPS)} if getattr(solver, "tau", 0) else {}
     start = jnp.asarray(comparison.x * float(scheduler.init_noise_sigma))
-    ours = d.sample(comparison.denoiser(schedule), start, solver=solver, grid=_grid(sigmas), **options)
+    ours = d.sample(comparison.denoiser(schedule), start, solver=solver, grid=sf.grids.subdivide(sigmas, 1), **options)
     return _apart(ours, x)
 
 
@@ -82,7 +77,9 @@ def flow(comparison: Comparison, name: str, shift: float, solver: Any) -> float:
         data = comparison.mixture.data(np.log1p(-level), np.log(level), seen)
         x = scheduler.step(torch.from_numpy((seen - data) / sigma), t, x, return_dict=False)[0]
     times = np.minimum(sigmas, 1 - 1e-9)
-    ours = d.sample(comparison.denoiser(schedule), jnp.asarray(comparison.x), solver=solver, grid=_grid(times))
+    ours = d.sample(
+        comparison.denoiser(schedule), jnp.asarray(comparison.x), solver=solver, grid=sf.grids.subdivide(times, 1)
+    )
     return _apart(ours, x)
 
 
@@ -120,7 +117,7 @@ def consistency(comparison: Comparison) -> float:
     times = np.append((scheduler.timesteps.double().numpy() + 1) / 1000, 0.0)
     ours = d.sample(
         comparison.denoiser(schedule, change), jnp.asarray(comparison.x), solver=d.DPMSolverPP(1, tau=100.0),
-        grid=_grid(times), noise=draws.stacked(4),
+        grid=sf.grids.subdivide(times, 1), noise=draws.stacked(4),
     )  # fmt: skip
     return _apart(ours, x)
 
@@ -147,7 +144,7 @@ def back_to_noise(comparison: Comparison, solver: Any) -> float:
     for t in scheduler.timesteps:
         x = scheduler.step(_noise_in(comparison, scheduler, x, t), t, x, return_dict=False)[0]
     schedule = d.Tabulated(scheduler.betas.double().numpy())
-    grid = _grid((labels[::-1] + 1) / 1000)
+    grid = sf.grids.subdivide((labels[::-1] + 1) / 1000, 1)
     return _apart(d.invert(comparison.denoiser(schedule), jnp.asarray(_data(comparison)), solver=solver, grid=grid), x)
 
 

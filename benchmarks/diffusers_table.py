@@ -229,7 +229,7 @@ class Comparison:
         count = len(times) - 1
         if getattr(pair.solver, "eta", 0) or getattr(pair.solver, "tau", 0):
             options["noise"] = np.stack((draws + [np.zeros(SHAPE)] * count)[:count])
-        grid = sf.grids.Grid(times[:-1], times[1:], np.ones(count, bool), np.array([0, count]))
+        grid = sf.grids.subdivide(times, 1)
         ours = np.asarray(sf.diffusion.sample(denoiser, jnp.asarray(start), solver=pair.solver, grid=grid, **options))
         return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 

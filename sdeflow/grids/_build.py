@@ -25,8 +25,7 @@ def host_times(ts: Any) -> np.ndarray:
     times = np.asarray(ts, dtype=np.float64)
     if times.ndim != 1 or times.size < 2:
         raise ValueError(f"ts must be one-dimensional with at least two times, got shape {times.shape}.")
-    if not np.isfinite(times).all():
-        raise ValueError(f"ts must be finite; entry {int(np.argmin(np.isfinite(times)))} is not.")
+    check_finite(times)
     gaps = np.diff(times)
     if not ((gaps > 0).all() or (gaps < 0).all()):
         bad = int(np.argmax(gaps * np.sign(gaps[0] if gaps[0] else 1.0) <= 0))
@@ -35,6 +34,20 @@ def host_times(ts: Any) -> np.ndarray:
             f"ts[{bad + 1}]={times[bad + 1]:g} are not."
         )
     return times
+
+
+def check_finite(times: np.ndarray) -> None:
+    """Refuse requested times that are NaN or infinite.
+
+    Raises:
+        ValueError: naming the first of them; for an end at infinity also what to do.
+    """
+    if np.isfinite(times).all():
+        return
+    hint = ""
+    if np.isinf(times[-1]):
+        hint = " Where an event or a steady state ends the solve, give a late time, or diffrax.diffeqsolve its t1=inf."
+    raise ValueError(f"ts must be finite; entry {int(np.argmin(np.isfinite(times)))} is not.{hint}")
 
 
 def cut(times: np.ndarray, counts: np.ndarray) -> Grid:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._compat import SdeflowWarning, is_concrete, warn
 from ..grids import Grid
-from ..grids._build import check_count, check_dt0, host_times
+from ..grids._build import check_count, check_dt0, check_finite, host_times
 from ..grids._grid import check_step
 from ..walking import loops_over_stages
 
@@ -109,13 +109,7 @@ def check_ts(ts: Any, *, repeats: bool) -> Any:
     _check_shape(ts)
     times = np.asarray(ts, np.float64)
     if ts.shape[0] == 1 or repeats:
-        if not np.isfinite(times).all():
-            hint = (
-                " Where an event or a steady state ends the solve, give a late time, or diffrax.diffeqsolve its t1=inf."
-                if np.isinf(times[-1])
-                else ""
-            )
-            raise ValueError(f"ts must be finite; entry {int(np.argmin(np.isfinite(times)))} is not.{hint}")
+        check_finite(times)
     else:
         host_times(times)
     return ts

@@ -46,10 +46,12 @@ def recognised(x: _T, make: Callable[[_T], Any] = lambda x: x) -> Any:
     if value is None:
         return make(x)
     key = (make, value)
-    # What the first one closes over, a list say, may have changed since it was seen.
-    if key in _seen and _value_or_none(_seen[key][0]) == value:
-        _seen.move_to_end(key)
-        return _seen[key][1]
+    if key in _seen:
+        first, made = _seen[key]
+        # What the first one closes over, a list say, may have changed since it was seen.
+        if first is x or _value_or_none(first) == value:
+            _seen.move_to_end(key)
+            return made
     made = make(x)
     _seen[key] = x, made
     while len(_seen) > _MOST:

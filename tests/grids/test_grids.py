@@ -168,7 +168,7 @@ _TIMES = {
     "no time": ([], r"at least two times, got shape \(0,\)"),
     "a matrix": ([[0.0, 1.0]], r"one-dimensional with at least two times, got shape \(1, 2\)"),
     "a NaN": ([0.0, np.nan], "ts must be finite; entry 1 is not"),
-    "an infinity": ([0.0, 1.0, np.inf], "ts must be finite; entry 2 is not"),
+    "an infinity": ([0.0, 1.0, np.inf], "ts must be finite; entry 2 is not. Where an event"),
     "a repeat": ([0.0, 1.0, 1.0, 2.0], r"ts\[1\]=1 and ts\[2\]=1 are not"),
     "a turn": ([0.0, 1.0, 0.5], r"ts\[1\]=1 and ts\[2\]=0.5 are not"),
     "a turn back up": ([2.0, 1.0, 1.5], r"ts\[1\]=1 and ts\[2\]=1.5 are not"),
